@@ -1,0 +1,233 @@
+"""Tokens on disk: every document of one split, encoded once, memory-mapped ever after.
+
+A cache is a folder named for what is in it (`train-<hash of tokenizer and source>`):
+
+    tokens.bin      every document as opening token, text, EOS, one after another; uint16, or uint32 for large vocabularies
+    offsets.bin     int64 [documents + 1]: document i is tokens[offsets[i] : offsets[i + 1]]
+    text_bytes.bin  int64 [documents]: UTF-8 bytes of each text, for bits per byte
+    names.json      the documents' names
+    record.json     counts and what the cache was made from
+    SHA256SUMS      of the files above; `sha256sum -c` checks it too
+
+It appears whole or not at all (`data.atomic`); one that no longer matches its sums is rebuilt, with a warning.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import grain
+import numpy as np
+from loguru import logger
+
+from data.atomic import building
+from data.tokenizer import Tokenizer
+
+FORMAT = 1  # raised when the files change; older caches are then simply not found
+SUMMED_BELOW = 1 << 30  # bytes; a larger file is checked by its size alone
+TEXT_AT_ONCE = 1 << 20  # characters encoded in one call
+
+
+class TokenCache:
+    """The encoded documents of one split. Make one with `TokenCache.build_or_open`."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the cache in `folder` after checking it. **Raises:** `ValueError` saying what is damaged."""
+        self.folder = folder
+        self.record: dict[str, Any] = _checked_record(folder)
+        self.tokens = np.memmap(folder / "tokens.bin", self.record["dtype"], mode="r")
+        self.offsets = np.fromfile(folder / "offsets.bin", "<i8")
+        self.text_bytes = np.fromfile(folder / "text_bytes.bin", "<i8")  # per document
+        self.names: list[str] = json.loads((folder / "names.json").read_text())  # per document
+        documents, total = self.record["documents"], self.record["tokens"]
+        sizes = len(self.offsets) - 1, len(self.text_bytes), len(self.names), len(self.tokens)
+        if sizes != (documents, documents, documents, total):
+            raise ValueError(f"the record says {documents} documents and {total} tokens, the files hold {sizes}")
+        if self.offsets[0] != 0 or self.offsets[-1] != total or (np.diff(self.offsets) <= 0).any():
+            raise ValueError(f"offsets.bin does not rise from 0 to {total}")
+
+    @classmethod
+    def build_or_open(
+        cls,
+        documents: grain.MapDataset,
+        tokenizer: Tokenizer,
+        folder: str | Path,
+        *,
+        source_digest: str,
+        split: str,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Self:
+        """The cache of `documents` under `folder`, built if it is not there or is damaged.
+
+        Killed at any moment, it leaves nothing that a later run would take for a cache; two processes may build the
+        same one at once. Documents are encoded some megabytes at a time, so memory stays small (but see
+        `Tokenizer.encode_batch` for a long document with a tokenizer from elsewhere).
+
+        **Arguments:**
+
+        - `documents`: of `{"text", "name"}`, as in `Source`.
+        - `source_digest`: `Source.record["sha256"]`. With the tokenizer and `split` it decides which cache this is.
+        - `split`: `"train"` or `"held_out"`.
+        - `on_progress`: called with (documents done, documents in all) now and then while building.
+
+        **Raises:** `ValueError` if there is nothing to encode or the tokenizer has no EOS; `OSError`, in words, if the
+        disk is full.
+        """
+        opening, closing = _document_marks(tokenizer)
+        if not len(documents):
+            raise ValueError(f"no documents in the split '{split}': expected at least one to encode")
+        marks = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
+        made_from = {"tokenizer": tokenizer.digest, "marks": marks, "source": source_digest, "split": split}
+        key = hashlib.sha256(json.dumps([FORMAT, made_from], sort_keys=True).encode()).hexdigest()[:16]
+        place = Path(folder) / f"{split}-{key}"
+        opened = functools.partial(cls._opened, place, len(documents))
+        if place.exists():
+            try:
+                return opened()
+            except (OSError, ValueError) as error:
+                logger.warning("the token cache '{}' is damaged: {}. Building it again", place, error)
+        with building(place, opened) as beside:
+            counts = _encode(documents, tokenizer, opening, closing, beside, on_progress)
+            pad = closing if tokenizer.pad_id is None else tokenizer.pad_id
+            _write_record(beside, {"format": FORMAT, **made_from, "opening": opening, "pad": pad, **counts})
+        return opened()
+
+    @classmethod
+    def _opened(cls, place: Path, documents: int) -> Self:
+        cache = cls(place)
+        if len(cache) != documents:
+            raise ValueError(f"it holds {len(cache)} documents where the source has {documents}")
+        return cache
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def document(self, i: int) -> np.ndarray:
+        """All tokens (int32) of document `i`, its opening token and EOS included."""
+        return self.piece(i, 0, int(self.offsets[i + 1] - self.offsets[i]))
+
+    def piece(self, i: int, start: int, length: int) -> np.ndarray:
+        """`length` tokens (int32) of document `i` from `start`; only these are read from disk."""
+        at = self.offsets[i] + start
+        assert self.offsets[i] <= at <= at + length <= self.offsets[i + 1], (i, start, length)
+        return self.tokens[at : at + length].astype(np.int32)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, opening token and EOS included: what `data.packing` plans from."""
+        return np.diff(self.offsets)
+
+    @property
+    def total_tokens(self) -> int:
+        return self.record["tokens"]
+
+    @property
+    def vocab_size(self) -> int:
+        """Of the tokenizer; a model needs at least as many rows in its embedding."""
+        return self.record["vocab_size"]
+
+    @property
+    def max_token(self) -> int:
+        """The largest id that really occurs."""
+        return self.record["max_token"]
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills rows up. EOS where the tokenizer has no PAD; it is never read, segment 0 hides it."""
+        return self.record["pad"]
+
+    def __repr__(self) -> str:
+        return f"TokenCache({self.folder.name!r}: {len(self)} documents, {self.total_tokens} tokens)"
+
+
+def _document_marks(tokenizer: Tokenizer) -> tuple[int, int]:
+    """The tokens before and after each document. Without a BOS the EOS stands in front too, as in GPT-2: the first token
+    of the text needs something to be predicted from, or its bytes would have no loss."""
+    if tokenizer.eos_id is None:
+        raise ValueError(
+            f"{tokenizer} has no EOS token, so nothing would mark where a document ends: expected eos_token in the "
+            "tokenizer_config.json beside its tokenizer.json"
+        )
+    return (tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id), tokenizer.eos_id
+
+
+def _encode(
+    documents: grain.MapDataset,
+    tokenizer: Tokenizer,
+    opening: int,
+    closing: int,
+    folder: Path,
+    on_progress: Callable[[int, int], None] | None,
+) -> dict[str, Any]:
+    dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+    names: list[str] = []
+    lengths: list[int] = []
+    text_bytes: list[int] = []
+    max_token = 0
+    with (folder / "tokens.bin").open("wb") as out:
+        for some in _batches(documents):
+            for row, tokens in zip(some, tokenizer.encode_batch([row["text"] for row in some]), strict=True):
+                whole = np.concatenate([[opening], tokens, [closing]])
+                out.write(whole.astype(dtype).tobytes())
+                names.append(row["name"])
+                lengths.append(len(whole))
+                text_bytes.append(len(row["text"].encode()))
+                max_token = max(max_token, int(whole.max()))
+            if on_progress is not None:
+                on_progress(len(names), len(documents))
+    (folder / "offsets.bin").write_bytes(np.cumsum([0, *lengths], dtype="<i8").tobytes())
+    (folder / "text_bytes.bin").write_bytes(np.asarray(text_bytes, "<i8").tobytes())
+    (folder / "names.json").write_text(json.dumps(names))
+    return {
+        "documents": len(names),
+        "tokens": sum(lengths),
+        "text_bytes": sum(text_bytes),
+        "dtype": dtype,
+        "vocab_size": tokenizer.vocab_size,
+        "max_token": max_token,
+    }
+
+
+def _batches(documents: grain.MapDataset) -> Iterator[list[dict[str, str]]]:
+    some: list[dict[str, str]] = []
+    characters = 0
+    for i in range(len(documents)):
+        some.append(documents[i])
+        characters += len(some[-1]["text"])
+        if characters >= TEXT_AT_ONCE or len(some) == 1024:
+            yield some
+            some, characters = [], 0
+    if some:
+        yield some
+
+
+def _write_record(folder: Path, record: dict[str, Any]) -> None:
+    record["sizes"] = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
+    (folder / "record.json").write_text(json.dumps(record, indent=2) + "\n")
+    summed = [file for file in sorted(folder.iterdir()) if file.stat().st_size < SUMMED_BELOW]
+    (folder / "SHA256SUMS").write_text("".join(f"{_sha256(file)}  {file.name}\n" for file in summed))
+
+
+def _checked_record(folder: Path) -> dict[str, Any]:
+    """The record of a cache whose files all have the sizes and sums they were written with."""
+    sums = dict(line.split("  ")[::-1] for line in (folder / "SHA256SUMS").read_text().splitlines())
+    for name, expected in sums.items():
+        if _sha256(folder / name) != expected:
+            raise ValueError(f"{name} is not what was written (its SHA-256 differs)")
+    if "record.json" not in sums:
+        raise ValueError("SHA256SUMS has no line for record.json")
+    record = json.loads((folder / "record.json").read_text())
+    for name, size in record["sizes"].items():
+        if (found := (folder / name).stat().st_size) != size:
+            raise ValueError(f"{name} has {found} bytes where {size} were written")
+        if name not in sums and size < SUMMED_BELOW:
+            raise ValueError(f"SHA256SUMS has no line for {name}")
+    return record
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

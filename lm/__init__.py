@@ -1,0 +1,46 @@
+"""The language model: arrays and token ids, nothing of text, training or recipes.
+
+Read in this order: `masks` (who may look at whom), `kernels` (the arithmetic), `layers`, `rope`, `cache`, `attention`, then one drawing
+from end to end, `models/llama.py`, and what is done with it: `generate`, `hf`, `flight`.
+
+Every module of this package is checked at run time: a wrong shape or dtype is an error that names the axis, at trace time and so at no cost
+inside compiled code. `JAXTYPING_DISABLE=1` switches the checks off.
+"""
+
+from beartype import BeartypeConf as _BeartypeConf  # noqa: F401  (the hook below names it)
+from jaxtyping import install_import_hook as _install_import_hook
+
+# Installed for good: inside a `with`, modules imported later would go unchecked.
+_install_import_hook("lm", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+from lm.base import AbstractBlock, AbstractLM, mark  # noqa: E402
+from lm.cache import LayerCache  # noqa: E402
+from lm.flight import Flight, Remat, Stack, put_on_flight  # noqa: E402
+from lm.generate import Sampler, generate, stream  # noqa: E402
+from lm.kernels import BACKENDS, REFERENCE, Ops, with_ops  # noqa: E402
+from lm.masks import Facts, may_attend  # noqa: E402
+from lm.models import ARCHITECTURES, build, load_pretrained, save_pretrained  # noqa: E402
+
+__all__ = [
+    "ARCHITECTURES",
+    "BACKENDS",
+    "REFERENCE",
+    "AbstractBlock",
+    "AbstractLM",
+    "Facts",
+    "Flight",
+    "LayerCache",
+    "Ops",
+    "Remat",
+    "Sampler",
+    "Stack",
+    "build",
+    "generate",
+    "load_pretrained",
+    "mark",
+    "may_attend",
+    "put_on_flight",
+    "save_pretrained",
+    "stream",
+    "with_ops",
+]

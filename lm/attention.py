@@ -1,0 +1,80 @@
+"""Multi-head attention with grouped keys (MHA and GQA), RoPE, optional norms on queries and keys, and a cache."""
+
+from typing import Any
+
+import equinox as eqx
+import jax.random as jr
+from einops import rearrange
+from jaxtyping import Array, Float, Key
+
+from lm.base import mark
+from lm.cache import LayerCache
+from lm.kernels import REFERENCE, Ops
+from lm.layers import Linear, RMSNorm
+from lm.masks import Facts
+
+
+class Attention(eqx.Module):
+    """softmax(q kᵀ / √head_dim) v over the places the facts allow, between four linear maps."""
+
+    q_proj: Linear  # d_model → heads · head_dim
+    k_proj: Linear  # d_model → kv_heads · head_dim
+    v_proj: Linear  # d_model → kv_heads · head_dim
+    o_proj: Linear  # heads · head_dim → d_model
+    q_norm: RMSNorm | None  # over head_dim, before RoPE (Qwen3; Dehghani et al. 2023, arXiv:2302.05442); None: no norm
+    k_norm: RMSNorm | None
+    n_kv_heads: int = eqx.field(static=True)  # for the cache: wrappers such as LoRA hide the weights' shapes
+    head_dim: int = eqx.field(static=True)  # the arrays cannot tell where one head ends
+    window: int | None = eqx.field(static=True, default=None)  # positions a query sees, itself included; None: all
+    ops: Ops = eqx.field(static=True, default=REFERENCE)
+
+    @staticmethod
+    def init(
+        d_model: int,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        *,
+        std: float,
+        out_std: float,
+        key: Key[Array, ""],
+        bias: bool = False,
+        qk_norm_eps: float | None = None,
+    ) -> "Attention":
+        """`out_std` is the standard deviation of `o_proj`; `qk_norm_eps` puts RMSNorms on queries and keys; `bias` is for all four maps."""
+        q_key, k_key, v_key, o_key = jr.split(key, 4)
+        return Attention(
+            q_proj=Linear.init(d_model, n_heads * head_dim, std=std, key=q_key, bias=bias),
+            k_proj=Linear.init(d_model, n_kv_heads * head_dim, std=std, key=k_key, bias=bias),
+            v_proj=Linear.init(d_model, n_kv_heads * head_dim, std=std, key=v_key, bias=bias),
+            o_proj=Linear.init(n_heads * head_dim, d_model, std=out_std, key=o_key, bias=bias),
+            q_norm=None if qk_norm_eps is None else RMSNorm.init(head_dim, qk_norm_eps),
+            k_norm=None if qk_norm_eps is None else RMSNorm.init(head_dim, qk_norm_eps),
+            n_kv_heads=n_kv_heads,
+            head_dim=head_dim,
+        )
+
+    def __call__(
+        self, x: Float[Array, "*batch seq d_model"], facts: Facts, cache: LayerCache | None = None
+    ) -> tuple[Float[Array, "*batch seq d_model"], LayerCache | None]:
+        q, k, v = (
+            rearrange(proj(x), "... seq (heads head_dim) -> ... heads seq head_dim", head_dim=self.head_dim)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if facts.rope is not None:
+            q, k = self.ops.rotate(q, *facts.rope), self.ops.rotate(k, *facts.rope)
+        q, k, v = mark(q, "attn.q"), mark(k, "attn.k"), mark(v, "attn.v")
+
+        key_facts = Facts(facts.positions, facts.segments)
+        if cache is not None:
+            cache = cache.append(k, v, key_facts)
+            k, v, key_facts = cache.keys.astype(q.dtype), cache.values.astype(q.dtype), cache.facts
+
+        mixed = self.ops.attention(q, k, v, facts, key_facts, self.head_dim**-0.5, self.window)
+        mixed = rearrange(mark(mixed, "attn.mixed"), "... heads seq head_dim -> ... seq (heads head_dim)")
+        return mark(self.o_proj(mixed), "attn.out"), cache
+
+    def empty_cache(self, batch: tuple[int, ...], slots: int, dtype: Any) -> LayerCache:
+        return LayerCache.empty(batch, self.n_kv_heads, slots, self.head_dim, dtype)

@@ -1,0 +1,129 @@
+"""How the blocks are run: one after the other, as a scan, or rematerialised. Decided by the step, inside jit; the model at rest never
+knows.
+
+At rest `model.blocks` is a plain tuple. In flight, blocks of one structure may be stacked into a `Stack`, which is itself a block, and each
+may be wrapped in `Remat`, which is one too. Numbers are the same in every flight, dropout included (`tests/lm/test_flight.py`).
+"""
+
+from typing import Any, Literal, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+from pydantic import BaseModel
+
+from lm.base import AbstractBlock, AbstractLM, Aux
+from lm.kernels import Ops, with_ops
+from lm.layers import Linear
+from lm.masks import Facts
+
+Model = TypeVar("Model", bound=AbstractLM)
+
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,  # keep only the block's input
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep what the linear maps gave, redo the rest
+}
+
+
+class Flight(BaseModel, frozen=True, extra="forbid"):
+    """How a forward and backward pass is carried out; changes speed and memory, never the result."""
+
+    layers: Literal["loop", "scan"] = "loop"  # scan compiles faster at depth and needs less memory; the loop runs faster on a CPU
+    remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes instead of keeping
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the blocks' weights and matrix products; sums stay fp32
+
+
+class Remat(AbstractBlock):
+    """A block whose backward pass recomputes the forward one (Chen et al. 2016, arXiv:1604.06174)."""
+
+    block: AbstractBlock
+    policy: str = eqx.field(static=True)
+
+    @property
+    def depth(self) -> int:
+        return self.block.depth
+
+    def __call__(self, x: Any, facts: Facts, cache: Any = None, *, key: Array | None = None) -> tuple[Any, Any, Aux]:
+        def run(block: AbstractBlock, x: Any, facts: Facts, cache: Any, key: Array | None) -> tuple[Any, Any, Aux]:
+            return block(x, facts, cache, key=key)
+
+        return eqx.filter_checkpoint(run, policy=REMAT_POLICIES[self.policy])(self.block, x, facts, cache, key)
+
+    def empty_cache(self, batch: tuple[int, ...], slots: int, dtype: Any) -> Any:
+        return self.block.empty_cache(batch, slots, dtype)
+
+
+class Stack(AbstractBlock):
+    """`n` blocks of one structure, their arrays stacked along a leading axis and scanned."""
+
+    blocks: AbstractBlock  # arrays `n ...`
+    n: int = eqx.field(static=True)
+
+    @staticmethod
+    def of(blocks: tuple[AbstractBlock, ...]) -> "Stack":
+        arrays, statics = zip(*(eqx.partition(block, eqx.is_array) for block in blocks), strict=True)
+        if not all(eqx.tree_equal(static, statics[0]) for static in statics):
+            raise ValueError("a Stack needs blocks of one structure; these differ: fly them as a loop")
+        return Stack(eqx.combine(jax.tree.map(lambda *leaves: jnp.stack(leaves), *arrays), statics[0]), len(blocks))
+
+    @property
+    def depth(self) -> int:
+        return self.n
+
+    def __call__(self, x: Any, facts: Facts, cache: Any = None, *, key: Array | None = None) -> tuple[Any, Any, Aux]:
+        arrays, static = eqx.partition(self.blocks, eqx.is_array)
+
+        def body(x: Any, layer: tuple[Any, Any, Any]) -> tuple[Any, tuple[Any, Aux]]:
+            layer_arrays, layer_cache, layer_key = layer
+            x, layer_cache, aux = eqx.combine(layer_arrays, static)(x, facts, layer_cache, key=layer_key)
+            return x, (layer_cache, aux)
+
+        x, (cache, aux) = jax.lax.scan(body, x, (arrays, cache, key), length=self.n)
+        return x, cache, jax.tree.map(lambda each: jnp.sum(each, axis=0), aux)
+
+    def empty_cache(self, batch: tuple[int, ...], slots: int, dtype: Any) -> Any:
+        layer = jax.tree.map(lambda leaf: leaf[0] if eqx.is_array(leaf) else leaf, self.blocks)
+        empty = layer.empty_cache(batch, slots, dtype)
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.n, *leaf.shape)), empty)
+
+
+def cast_linears(blocks: tuple[Any, ...], dtype: Any) -> tuple[Any, ...]:
+    """Every `Linear` in `dtype`; norms stay as they are. The embedding is no part of the blocks: a bf16 lookup would have a bf16
+    scatter-add for its gradient, where frequent tokens lose their sum."""
+
+    def cast(node: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), node) if isinstance(node, Linear) else node
+
+    return jax.tree.map(cast, blocks, is_leaf=lambda node: isinstance(node, Linear))
+
+
+def _runs(blocks: tuple[AbstractBlock, ...]) -> list[tuple[AbstractBlock, ...]]:
+    """Neighbours of one structure (shapes and dtypes included), together."""
+
+    def structure(block: AbstractBlock) -> tuple[Any, ...]:
+        leaves, treedef = jax.tree.flatten(block)
+        return treedef, *[(leaf.shape, leaf.dtype) for leaf in leaves]
+
+    runs: list[list[AbstractBlock]] = []
+    previous: tuple[Any, ...] | None = None
+    for block in blocks:
+        current = structure(block)
+        if current == previous:
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+        previous = current
+    return [tuple(run) for run in runs]
+
+
+def put_on_flight(model: Model, flight: Flight, ops: Ops) -> Model:
+    """The same model, ready to run: linears cast, kernels swapped, blocks wrapped and stacked. Call it inside jit, on every step: the casts
+    are cheap and gradients come back to the tree at rest. Cast first, stack second: the copy then moves two bytes a parameter."""
+    blocks: tuple[Any, ...] = cast_linears(with_ops(model.blocks, ops), jnp.dtype(flight.dtype))
+    if flight.remat != "none":
+        blocks = tuple(Remat(block, flight.remat) for block in blocks)
+    if flight.layers == "scan":
+        blocks = tuple(Stack.of(run) if len(run) > 1 else run[0] for run in _runs(blocks))
+    flying = with_ops(eqx.tree_at(lambda m: m.blocks, model, blocks), ops)
+    return flying

@@ -1,0 +1,214 @@
+"""From a prompt to more tokens: prefill once, then decode one token at a time from the caches. Ids in, ids out.
+
+Prompts of a batch may have different lengths: they are padded on the left with segment 0, which nothing may attend to. Lengths are rounded
+up to a few sizes, so that the compiled programs are used again.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from lm.base import AbstractLM
+from lm.masks import PADDING, Facts
+
+PROMPT_ROUNDING = 32  # tokens; prompts are padded to a multiple
+SLOT_ROUNDING = 128  # tokens; caches are as long as a multiple
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How the next token is drawn from the logits.
+
+    `temperature` 0 is greedy. `top_k` keeps the k most likely tokens (Fan et al. 2018, arXiv:1805.04833); `top_p` the fewest tokens that
+    hold that much probability (Holtzman et al. 2020, arXiv:1904.09751), after `temperature` and `top_k`.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 (greedy) or above, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1 (or None for all tokens), got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1] (or be None), got {self.top_p}")
+
+    def __call__(self, logits: Float[Array, "batch vocab"], key: Key[Array, ""]) -> Int[Array, " batch"]:
+        if self.temperature == 0:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return jr.categorical(key, self.filtered(logits)).astype(jnp.int32)
+
+    def filtered(self, logits: Float[Array, "batch vocab"]) -> Float[Array, "batch vocab"]:
+        """Logits of the distribution that is really sampled: scaled, and -inf where cut off."""
+        logits = logits / self.temperature
+        if self.top_k is not None and self.top_k < logits.shape[-1]:
+            kth = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
+            logits = jnp.where(logits < kth, -jnp.inf, logits)
+        if self.top_p is not None and self.top_p < 1:
+            ordered = jnp.sort(logits, axis=-1, descending=True)
+            probabilities = jax.nn.softmax(ordered, axis=-1)
+            before = jnp.cumsum(probabilities, axis=-1) - probabilities  # mass of the tokens more likely than this one
+            least = jnp.min(jnp.where(before < self.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+            logits = jnp.where(logits < least, -jnp.inf, logits)
+        return logits
+
+
+GREEDY = Sampler(temperature=0.0)
+
+
+class Decoding(eqx.Module):
+    """Where a batch stands: what was remembered, what comes next, who has finished."""
+
+    cache: Any
+    logits: Float[Array, "batch vocab"]  # of the token to draw next
+    positions: Int[Array, " batch"]  # that token will have
+    done: Bool[Array, " batch"]
+    key: Key[Array, ""]
+    drawn: Int[Array, ""]  # tokens drawn so far
+
+
+@eqx.filter_jit
+def prefill(
+    model: AbstractLM, tokens: Int[Array, "batch seq"], lengths: Int[Array, " batch"], slots: int, key: Key[Array, ""], dtype: Any
+) -> Decoding:
+    """Run the left-padded prompts through the model and keep their keys and values."""
+    batch, seq = tokens.shape
+    positions = jnp.arange(seq)[None] - (seq - lengths)[:, None]
+    facts = Facts(jnp.maximum(positions, 0).astype(jnp.int32), jnp.where(positions < 0, PADDING, 1).astype(jnp.int32))
+    hidden, cache, _ = model.hidden(tokens, facts, model.empty_cache((batch,), slots, dtype))
+    return Decoding(
+        cache=cache,
+        logits=model.logits(hidden[:, -1]),
+        positions=lengths.astype(jnp.int32),
+        done=jnp.zeros(batch, bool),
+        key=key,
+        drawn=jnp.zeros((), jnp.int32),
+    )
+
+
+@eqx.filter_jit(donate="all-except-first")
+def decode(
+    model: AbstractLM, state: Decoding, stop_ids: Int[Array, " stops"], sampler: Sampler, most: int
+) -> tuple[Decoding, Int[Array, "batch most"]]:
+    """Draw up to `most` tokens a row, fewer when every row has met a stop id. Rows that are done, and places never reached, hold -1."""
+    arrays, static = eqx.partition(model, eqx.is_array)
+    batch = state.positions.shape[0]
+
+    def unfinished(carry: tuple[Array, Decoding, Array]) -> Array:
+        i, state, _ = carry
+        return (i < most) & ~jnp.all(state.done)
+
+    def draw(carry: tuple[Array, Decoding, Array]) -> tuple[Array, Decoding, Array]:
+        i, state, out = carry
+        # Ties the weights to the counter: else XLA moves their conversion to fp32 out of the loop and reads twice the bytes in each round.
+        weights, i = jax.lax.optimization_barrier((arrays, i))
+        flying = eqx.combine(weights, static)
+        token = sampler(state.logits, jr.fold_in(state.key, state.drawn))
+        stopped = state.done | jnp.any(token[:, None] == stop_ids, axis=-1)
+        out = jax.lax.dynamic_update_slice(out, jnp.where(stopped, -1, token)[:, None], (0, i))
+        facts = Facts(state.positions[:, None], jnp.ones((batch, 1), jnp.int32))
+        hidden, cache, _ = flying.hidden(token[:, None], facts, state.cache)
+        state = Decoding(cache, flying.logits(hidden[:, -1]), state.positions + 1, stopped, state.key, state.drawn + 1)
+        return i + 1, state, out
+
+    carry = (jnp.zeros((), jnp.int32), state, jnp.full((batch, most), -1, jnp.int32))
+    _, state, out = jax.lax.while_loop(unfinished, draw, carry)
+    return state, out
+
+
+def generate(
+    model: AbstractLM,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    *,
+    max_new_tokens: int,
+    sampler: Sampler = GREEDY,
+    stop_ids: Sequence[int] = (),
+    key: Key[Array, ""] | None = None,
+) -> list[list[int]]:
+    """Continue each prompt; the new ids only, without the stop id.
+
+    **Arguments:**
+
+    - `prompts`: token ids, of any lengths above 0. A batch is decoded together.
+    - `max_new_tokens`: the most that is drawn for a prompt.
+    - `sampler`: greedy unless said otherwise; anything else needs a `key`.
+    - `stop_ids`: a row ends where one of these is drawn.
+
+    **Raises:** `ValueError` where prompt and new tokens would pass `model.config.context`, where a prompt is empty, or an id is not in the
+    vocabulary.
+    """
+    state = _start(model, prompts, max_new_tokens, sampler, key)
+    _, out = decode(model, state, _stops(stop_ids), sampler, max_new_tokens)
+    return [[int(token) for token in row if token >= 0] for row in np.asarray(out)]
+
+
+def stream(
+    model: AbstractLM,
+    prompt: Sequence[int] | np.ndarray,
+    *,
+    max_new_tokens: int,
+    sampler: Sampler = GREEDY,
+    stop_ids: Sequence[int] = (),
+    key: Key[Array, ""] | None = None,
+    chunk: int = 4,
+) -> Iterator[int]:
+    """The ids `generate` would give for one prompt, as they are drawn, `chunk` at a time."""
+    state = _start(model, [prompt], max_new_tokens, sampler, key)
+    left = max_new_tokens
+    while left > 0:
+        state, out = decode(model, state, _stops(stop_ids), sampler, min(chunk, left))
+        yield from (int(token) for token in np.asarray(out)[0] if token >= 0)
+        left -= chunk
+        if bool(state.done[0]):
+            return
+
+
+def _start(
+    model: AbstractLM,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    max_new_tokens: int,
+    sampler: Sampler,
+    key: Key[Array, ""] | None,
+) -> Decoding:
+    lengths = [len(prompt) for prompt in prompts]
+    if not lengths or min(lengths) == 0:
+        raise ValueError("each prompt needs at least one token (the BOS id where there is no text)")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if key is None and sampler.temperature != 0:
+        raise ValueError(f"sampling at temperature {sampler.temperature} needs key=jax.random.key(seed); greedy is temperature 0")
+    config = model.config
+    if max(lengths) + max_new_tokens > config.context:
+        raise ValueError(
+            f"prompt ({max(lengths)} tokens) and max_new_tokens ({max_new_tokens}) pass the model's context of {config.context}: "
+            "shorten the prompt or ask for fewer tokens"
+        )
+    highest = max(int(np.max(prompt)) for prompt in prompts)
+    if highest >= config.vocab or min(int(np.min(prompt)) for prompt in prompts) < 0:
+        raise ValueError(f"token ids must lie in 0 … {config.vocab - 1}, the model's vocabulary; got up to {highest}")
+
+    width = _round_up(max(lengths), PROMPT_ROUNDING)
+    tokens = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[width - len(prompt) :] = prompt
+    slots = _round_up(width + max_new_tokens, SLOT_ROUNDING)
+    key = jr.key(0) if key is None else key  # greedy: never looked at
+    dtype = model.blocks[0].attn.k_proj.weight.dtype
+    return prefill(model, jnp.asarray(tokens), jnp.asarray(lengths), slots, jnp.array(key, copy=True), dtype)
+
+
+def _stops(stop_ids: Sequence[int]) -> Array:
+    return jnp.asarray(list(stop_ids), jnp.int32).reshape(-1)
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple

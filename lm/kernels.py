@@ -1,0 +1,205 @@
+"""The arithmetic, behind named backends.
+
+A layer does not know how its matrix product or its attention is computed: it holds a static `ops`, a table of functions that a *flight* may
+swap inside jit (`with_ops`). The tree at rest always carries `REFERENCE`: plain JAX, readable, differentiable as often as you like. Another
+backend computes the same function faster on some device, with a hand-written backward pass, and so serves neither `jax.jvp` nor
+`jax.hessian`.
+
+Shapes are those of the glossary in `lm/base.py`; weights are `(out, in)` as in Hugging Face files.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Float
+
+from lm.masks import Facts, may_attend
+
+# ------------------------------------------------------------------------------------------- reference
+
+
+def linear(x: Float[Array, "*batch d_in"], weight: Float[Array, "d_out d_in"], dtype: Any = None) -> Float[Array, "*batch d_out"]:
+    """x Wᵀ, accumulated in fp32 whatever the operands, returned in `dtype` (`None`: that of `x`)."""
+    flat = x.reshape(-1, x.shape[-1])
+    y = jax.lax.dot_general(flat, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return y.astype(dtype or x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def input_gradient(dy: Float[Array, "n d_out"], weight: Float[Array, "d_out d_in"]) -> Float[Array, "n d_in"]:
+    """dy W in fp32: the gradient `linear` sends to its input."""
+    return jax.lax.dot_general(dy, weight, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def weight_gradient(dy: Float[Array, "n d_out"], x: Float[Array, "n d_in"]) -> Float[Array, "d_out d_in"]:
+    """dyᵀ x in fp32: the gradient `linear` sends to its weight."""
+    return jax.lax.dot_general(dy, x, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def rms_norm(x: Float[Array, "*batch d"], scale: Float[Array, " d"], eps: float) -> Float[Array, "*batch d"]:
+    """x / rms(x) * scale, computed in fp32 (Zhang and Sennrich 2019, arXiv:1910.07467). eps stands inside the root, as in Hugging Face's
+    models: their weights were trained so."""
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def rotate(
+    x: Float[Array, "*batch heads seq head_dim"],
+    cos: Float[Array, "*batch seq head_dim"],
+    sin: Float[Array, "*batch seq head_dim"],
+) -> Float[Array, "*batch heads seq head_dim"]:
+    """Turn each pair (i, i + head_dim/2) by its position's angle: the "rotate-half" layout of GPT-NeoX and Llama weights in Hugging Face
+    files (Su et al. 2021, arXiv:2104.09864, eq. 34, with the pairs laid out in halves)."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    rotated = x.astype(jnp.float32) * cos[..., None, :, :] + turned * sin[..., None, :, :]
+    return rotated.astype(x.dtype)
+
+
+def attention(
+    q: Float[Array, "*batch heads queries head_dim"],
+    k: Float[Array, "*batch kv_heads keys head_dim"],
+    v: Float[Array, "*batch kv_heads keys head_dim"],
+    query_facts: Facts,
+    key_facts: Facts,
+    scale: float,
+    window: int | None = None,
+) -> Float[Array, "*batch heads queries head_dim"]:
+    """softmax(scale · q kᵀ, where `may_attend`) v (Vaswani et al. 2017, arXiv:1706.03762, eq. 1); scores and softmax in fp32.
+
+    With fewer `kv_heads` than `heads`, each key head serves heads / kv_heads neighbouring query heads (GQA, Ainslie et al. 2023,
+    arXiv:2305.13245). The whole score matrix stands in memory: this is the reference the faster ones are tested against.
+    """
+    *batch, heads, queries, head_dim = q.shape
+    kv_heads = k.shape[-3]
+    grouped = q.reshape(*batch, kv_heads, heads // kv_heads, queries, head_dim)
+    scores = jnp.einsum("...hgqd,...hkd->...hgqk", grouped, k, preferred_element_type=jnp.float32) * scale
+    allowed = may_attend(query_facts, key_facts, window)[..., None, None, :, :]
+    weights = jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(v.dtype)
+    mixed = jnp.einsum("...hgqk,...hkd->...hgqd", weights, v, preferred_element_type=jnp.float32)
+    return mixed.astype(q.dtype).reshape(*batch, heads, queries, head_dim)
+
+
+# ------------------------------------------------------------------------------------------- jax.nn
+
+
+def _jax_nn_attention(implementation: Literal["xla", "cudnn"]) -> Callable[..., Array]:
+    """`jax.nn.dot_product_attention` under our signature: `xla` runs anywhere, `cudnn` is the flash kernel of NVIDIA cards (bf16 or fp16
+    only)."""
+
+    def attention(q: Array, k: Array, v: Array, query_facts: Facts, key_facts: Facts, scale: float, window: int | None = None) -> Array:
+        *batch, heads, queries, head_dim = q.shape
+
+        def four_axes(x: Array) -> Array:  # *batch heads seq head_dim -> batch seq heads head_dim
+            return jnp.swapaxes(x.reshape(-1, *x.shape[-3:]), 1, 2)
+
+        allowed = may_attend(query_facts, key_facts, window)
+        mask = allowed.reshape(-1, 1, *allowed.shape[-2:])
+        out = jax.nn.dot_product_attention(four_axes(q), four_axes(k), four_axes(v), mask=mask, scale=scale, implementation=implementation)
+        return jnp.swapaxes(out, 1, 2).reshape(*batch, heads, queries, head_dim)
+
+    return attention
+
+
+# ------------------------------------------------------------------------------------------- CPU
+
+
+def _rows(x: Array) -> Array:
+    """The same values, really laid out row by row. Without it XLA turns a transpose into a change of layout, and the product behind it misses the
+    fast kernels (fp32 at a quarter of the speed, or at run time "Unsupported element type for DotThunk")."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
+def _cpu_weight_gradient(dy: Float[Array, "n d_out"], x: Float[Array, "n d_in"]) -> Float[Array, "d_out d_in"]:
+    """dyᵀ x with the narrower side transposed in memory first."""
+    plain = (((1,), (0,)), ((), ()))
+    if dy.shape[1] <= x.shape[1]:
+        return jax.lax.dot_general(_rows(dy.T), x, plain, preferred_element_type=jnp.float32)
+    return _rows(_rows(jax.lax.dot_general(_rows(x.T), dy, plain, preferred_element_type=jnp.float32)).T)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _cpu_linear(x: Float[Array, "*batch d_in"], weight: Float[Array, "d_out d_in"], dtype: Any = None) -> Float[Array, "*batch d_out"]:
+    """`linear` whose backward pass stays on the fast kernels."""
+    return linear(x, weight, dtype)
+
+
+def _cpu_linear_forward(x: Array, weight: Array, dtype: Any) -> tuple[Array, tuple[Array, Array]]:
+    return linear(x, weight, dtype), (x, weight)
+
+
+def _cpu_linear_backward(dtype: Any, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, weight = saved
+    flat_x = x.reshape(-1, x.shape[-1])
+    flat_dy = dy.reshape(-1, dy.shape[-1]).astype(weight.dtype)
+    dx = input_gradient(flat_dy, weight).astype(x.dtype).reshape(x.shape)
+    return dx, _cpu_weight_gradient(flat_dy, flat_x).astype(weight.dtype)
+
+
+_cpu_linear.defvjp(_cpu_linear_forward, _cpu_linear_backward)
+
+
+# ------------------------------------------------------------------------------------------- the table
+
+
+@dataclass(frozen=True)
+class Ops:
+    """One way to compute what the layers need; compared and hashed by its name, since it is part of a compiled program's identity."""
+
+    name: str
+    linear: Callable[..., Array] = linear
+    input_gradient: Callable[..., Array] = input_gradient  # of `linear`, for losses that write their own backward pass
+    weight_gradient: Callable[..., Array] = weight_gradient
+    attention: Callable[..., Array] = attention
+    rms_norm: Callable[..., Array] = rms_norm
+    rotate: Callable[..., Array] = rotate
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Ops) and self.name == other.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+REFERENCE = Ops("reference")
+
+# Asked for by name; `train.runtime` tells which suits a device. A name that cannot run there fails when the program is compiled, with JAX's
+# words.
+BACKENDS: dict[str, Ops] = {
+    "reference": REFERENCE,
+    "xla": Ops("xla", attention=_jax_nn_attention("xla")),
+    "cudnn": Ops("cudnn", attention=_jax_nn_attention("cudnn")),
+    "cpu": Ops("cpu", linear=_cpu_linear, weight_gradient=_cpu_weight_gradient),
+}
+
+Tree = TypeVar("Tree")
+
+
+def with_ops(tree: Tree, ops: Ops) -> Tree:
+    """The same tree with every layer's `ops` replaced. Arrays are shared, nothing is computed; meant for inside jit, but harmless
+    outside."""
+
+    def swap(node: Any) -> Any:
+        if isinstance(node, eqx.Module):
+            new = object.__new__(type(node))  # as Equinox's own unflatten does: no __init__, no checks on what is only carried over
+            for field in fields(node):
+                value = getattr(node, field.name)
+                if field.name == "ops":
+                    value = ops
+                elif not field.metadata.get("static", False):
+                    value = swap(value)
+                object.__setattr__(new, field.name, value)
+            return new
+        if isinstance(node, tuple | list) and not hasattr(node, "_fields"):
+            return type(node)(swap(child) for child in node)
+        if isinstance(node, dict):
+            return {name: swap(child) for name, child in node.items()}
+        return node
+
+    return swap(tree)

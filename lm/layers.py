@@ -1,0 +1,101 @@
+"""The small parts every drawing is made of: linear maps, embeddings, norms, MLPs, dropout.
+
+Fields are arrays and the few facts the arrays cannot tell; sizes are read off the arrays, so they stay true after surgery. Each class has
+an `init` that draws random weights; the plain constructor takes ready arrays. Weights keep Hugging Face's layout, `(out, in)`.
+"""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Int, Key
+
+from lm.kernels import REFERENCE, Ops
+
+Activation = Callable[[Array], Array]
+
+# Hugging Face's names for `hidden_act`.
+ACTIVATIONS: dict[str, Activation] = {"silu": jax.nn.silu}
+
+
+class Linear(eqx.Module):
+    """x ↦ x Wᵀ + b. The input is cast to the weight's dtype: the step chooses precision by casting weights, and nothing else."""
+
+    weight: Float[Array, "d_out d_in"]
+    bias: Float[Array, " d_out"] | None = None
+    ops: Ops = eqx.field(static=True, default=REFERENCE)
+
+    @staticmethod
+    def init(d_in: int, d_out: int, *, std: float, key: Key[Array, ""], bias: bool = False) -> "Linear":
+        """Weights normal with standard deviation `std`, bias zero."""
+        return Linear(std * jr.normal(key, (d_out, d_in)), jnp.zeros(d_out) if bias else None)
+
+    def __call__(self, x: Float[Array, "*batch {self.weight.shape[1]}"]) -> Float[Array, "*batch {self.weight.shape[0]}"]:
+        y = self.ops.linear(x.astype(self.weight.dtype), self.weight)
+        return y if self.bias is None else y + self.bias.astype(y.dtype)
+
+
+class Embedding(eqx.Module):
+    """token ↦ its row. Ids at or past the vocabulary read the last row, as JAX gathers do: check them where they enter."""
+
+    weight: Float[Array, "vocab d_model"]
+
+    @staticmethod
+    def init(vocab: int, d_model: int, *, std: float, key: Key[Array, ""]) -> "Embedding":
+        return Embedding(std * jr.normal(key, (vocab, d_model)))
+
+    def __call__(self, tokens: Int[Array, "*batch seq"]) -> Float[Array, "*batch seq {self.weight.shape[1]}"]:
+        return self.weight[tokens]
+
+
+class RMSNorm(eqx.Module):
+    """x / rms(x) · scale over the last axis, in fp32 (arXiv:1910.07467)."""
+
+    scale: Float[Array, " d"]
+    eps: float = eqx.field(static=True)
+    ops: Ops = eqx.field(static=True, default=REFERENCE)
+
+    @staticmethod
+    def init(d: int, eps: float) -> "RMSNorm":
+        return RMSNorm(jnp.ones(d), eps)
+
+    def __call__(self, x: Float[Array, "*batch {self.scale.shape[0]}"]) -> Float[Array, "*batch {self.scale.shape[0]}"]:
+        return self.ops.rms_norm(x, self.scale, self.eps)
+
+
+class GatedMLP(eqx.Module):
+    """down(act(gate(x)) · up(x)); with SiLU this is SwiGLU (Shazeer 2020, arXiv:2002.05202, eq. 6)."""
+
+    gate_proj: Linear  # d_model → d_ff
+    up_proj: Linear  # d_model → d_ff
+    down_proj: Linear  # d_ff → d_model
+    activation: Activation = eqx.field(static=True, default=jax.nn.silu)
+
+    @staticmethod
+    def init(
+        d_model: int, d_ff: int, *, std: float, out_std: float, key: Key[Array, ""], activation: Activation = jax.nn.silu
+    ) -> "GatedMLP":
+        """`out_std` is the standard deviation of `down_proj`, which writes into the residual stream."""
+        gate_key, up_key, down_key = jr.split(key, 3)
+        return GatedMLP(
+            Linear.init(d_model, d_ff, std=std, key=gate_key),
+            Linear.init(d_model, d_ff, std=std, key=up_key),
+            Linear.init(d_ff, d_model, std=out_std, key=down_key),
+            activation,
+        )
+
+    def __call__(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_model"]:
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+def dropout(x: Float[Array, "*shape"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "*shape"]:
+    """Zero each entry with probability `rate` and scale the rest by 1 / (1 - rate) (Srivastava et al. 2014).
+
+    `key=None` means evaluation: nothing is dropped. Training always passes a key.
+    """
+    if rate == 0.0 or key is None:
+        return x
+    kept = jr.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(kept, x / (1.0 - rate), 0).astype(x.dtype)

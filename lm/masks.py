@@ -1,0 +1,52 @@
+"""Who may look at whom: masks are facts, not matrices.
+
+A token carries two facts, its *position* in its document and the *segment* (document) it belongs to. `may_attend` is the only mask rule of
+the house: it trains, packs, prefills, decodes and slides. What a picture of the mask would show follows from the facts:
+
+    tokens      the  cat  sat  |  a  dog  |  (padding)
+    positions    0    1    2      0   1       0   0
+    segments     1    1    1      2   2       0   0
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+PADDING = 0  # segment of tokens that stand for nothing; real documents count from 1
+UNWRITTEN = -1  # segment of cache slots nothing has been written to yet
+
+
+class Facts(eqx.Module):
+    """What a block must know of the tokens beside their vectors.
+
+    A family may add its own: `rope` holds whatever its attention rotates with (a pair of tables, or one pair for each base).
+    """
+
+    positions: Int[Array, "*batch seq"]  # place in the document, from 0
+    segments: Int[Array, "*batch seq"]  # document in the row: 1, 2, ...; 0 padding; -1 an unwritten cache slot
+    rope: Any = None  # (cos, sin), each `*batch seq head_dim`
+
+
+def may_attend(queries: Facts, keys: Facts, window: int | None = None) -> Bool[Array, "*batch queries keys"]:
+    """True where a query may look at a key: same segment, not later, and within the window.
+
+    **Arguments:**
+
+    - `queries`, `keys`: the facts of the two sides, with the same batch axes.
+    - `window`: how many positions a query sees, itself included; `None` for all earlier ones.
+
+    Padding sees only padding, so no row of the mask of a padded batch is empty.
+    """
+    q_positions, k_positions = queries.positions[..., :, None], keys.positions[..., None, :]
+    allowed = (queries.segments[..., :, None] == keys.segments[..., None, :]) & (k_positions <= q_positions)
+    if window is not None:
+        allowed &= q_positions - k_positions < window
+    return allowed
+
+
+def default_facts(tokens: Int[Array, "*batch seq"], start: Int[Array, ""] | int = 0) -> Facts:
+    """The facts of plain text: one document a row, counted from `start`."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1], dtype=jnp.int32) + start, tokens.shape)
+    return Facts(positions, jnp.ones_like(positions))

@@ -1,0 +1,7 @@
+"""Recipes: one literate script a stage, run as `python -m recipes.<name>`.
+
+Before jax is imported the process gets the settings its processor likes (see `train.runtime.prepare`)."""
+
+from train.runtime import prepare
+
+prepare()

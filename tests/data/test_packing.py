@@ -1,0 +1,144 @@
+"""Facts about `data.packing`."""
+
+import doctest
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import data.packing
+from data.packing import Plan, build_row, describe, plan_concat, plan_windows, row_documents
+
+LENGTHS = [23, 2, 8, 3, 51, 15, 1, 9, 2]  # tokens; the document of one token has no pair
+PAIRS = {(d, start) for d, n in enumerate(LENGTHS) for start in range(n - 1)}
+PAD = -7
+
+
+class Numbered:
+    """Documents whose token t of document d is 100 d + t, so every token says where it is from."""
+
+    pad_id = PAD
+
+    def piece(self, i: int, start: int, length: int) -> np.ndarray:
+        assert start + length <= LENGTHS[i]
+        return 100 * i + np.arange(start, start + length, dtype=np.int32)
+
+
+def pairs_with_loss(plan: Plan) -> Counter:
+    """(document, first token) of every pair that carries loss, read back from the rows, targets checked."""
+    seen: Counter = Counter()
+    for row in range(plan.rows):
+        built = build_row(plan, row, Numbered())
+        counted = built["loss_weights"] > 0
+        tokens, targets = built["tokens"][counted], built["targets"][counted]
+        assert (targets == tokens + 1).all()
+        assert (row_documents(plan, row)[counted] == tokens // 100).all()
+        seen.update((int(t) // 100, int(t) % 100) for t in tokens)
+    return seen
+
+
+def test_the_example_in_the_docstring() -> None:
+    result = doctest.testmod(data.packing)
+    assert result.attempted > 5
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("seq", [1, 2, 7, 22, 64, 200])
+def test_concat_places_every_pair_once_with_its_target(seq: int) -> None:
+    order = [4, 0, 8, 6, 2, 1, 7, 5, 3]
+    assert pairs_with_loss(plan_concat(LENGTHS, seq, order)) == Counter(PAIRS)
+
+
+@pytest.mark.parametrize("seq", [2, 7, 22])
+def test_concat_fills_every_row_but_the_last(seq: int) -> None:
+    plan = plan_concat(LENGTHS, seq, range(len(LENGTHS)))
+    filled = np.add.reduceat(plan.length, plan.row_start[:-1])
+    assert (filled[:-1] == seq).all()
+    assert filled[-1] == (len(PAIRS) - 1) % seq + 1
+    assert describe(plan)["padding"] == seq - filled[-1]
+
+
+def test_concat_keeps_the_order_given() -> None:
+    order = [5, 3, 0, 8, 7, 4, 2, 1]
+    plan = plan_concat(LENGTHS, 7, order)
+    seen = [d for d, before in zip(plan.document, [-1, *plan.document[:-1]], strict=True) if d != before]
+    assert seen == order
+
+
+@pytest.mark.parametrize("plan", [plan_concat(LENGTHS, 7, [3, 4, 0, 1, 2]), plan_windows(LENGTHS, 7, 3)])
+def test_rows_are_well_formed(plan: Plan) -> None:
+    for row in range(plan.rows):
+        built = build_row(plan, row, Numbered())
+        assert {name: a.dtype for name, a in built.items()} == dict.fromkeys(["tokens", "targets", "positions", "segments"], np.int32) | {
+            "loss_weights": np.float32
+        }
+        assert all(a.shape == (7,) for a in built.values())
+        segments, positions = built["segments"], built["positions"]
+        filled = segments > 0
+        assert (np.diff(segments[filled]) >= 0).all()
+        assert set(segments[filled]) == set(range(1, segments.max() + 1))
+        for segment in range(1, segments.max() + 1):
+            inside = segments == segment
+            assert positions[inside].tolist() == list(range(inside.sum()))
+            assert (np.diff(built["tokens"][inside]) == 1).all()  # one stretch of one document
+        assert not filled[filled.sum() :].any()  # padding is at the end only
+        assert (built["tokens"][~filled] == PAD).all()
+        assert (built["targets"][~filled] == PAD).all()
+        assert (positions[~filled] == 0).all()
+        assert (built["loss_weights"][~filled] == 0).all()
+        assert ((row_documents(plan, row) >= 0) == filled).all()
+
+
+@pytest.mark.parametrize(("seq", "stride"), [(1, 1), (7, 7), (7, 3), (7, 1), (22, 5), (22, 21), (60, 30)])
+def test_windows_count_each_pair_once(seq: int, stride: int) -> None:
+    assert pairs_with_loss(plan_windows(LENGTHS, seq, stride)) == Counter(PAIRS)
+
+
+@pytest.mark.parametrize(("seq", "stride"), [(7, 3), (22, 5)])
+def test_windows_give_each_counted_pair_its_context(seq: int, stride: int) -> None:
+    plan = plan_windows(LENGTHS, seq, stride)
+    for row in range(plan.rows):
+        built = build_row(plan, row, Numbered())
+        counted = built["loss_weights"] > 0
+        in_document = built["tokens"][counted] % 100
+        assert (built["positions"][counted] >= np.minimum(in_document, seq - stride)).all()
+
+
+def test_windows_that_fit_share_a_row_and_rows_follow_the_documents() -> None:
+    plan = plan_windows([4, 8, 5, 4, 2], 7, 7)  # 3, 7, 4, 3 and 1 pairs
+    rows = [plan.document[a:b].tolist() for a, b in zip(plan.row_start[:-1], plan.row_start[1:], strict=True)]
+    assert rows == [[0, 2], [1], [3, 4]]
+    assert describe(plan)["padding"] == 3
+
+
+def test_a_million_documents_are_planned_in_a_few_seconds() -> None:
+    lengths = np.random.default_rng(0).integers(2, 700, 1_000_000)
+    began = time.process_time()
+    plan = plan_concat(lengths, 512, np.arange(len(lengths))[::-1])
+    assert time.process_time() - began < 5  # seconds of CPU; about one on an idle core
+    assert plan.length.sum() == (lengths - 1).sum()
+
+
+def test_describe_counts() -> None:
+    assert describe(plan_concat([5, 4, 3], 5, [1, 0, 2])) == {
+        "documents": 3,
+        "documents_cut": 1,
+        "pieces": 4,
+        "pairs": 9,
+        "context_pairs": 0,
+        "rows": 2,
+        "padding": 1,
+        "fill_fraction": 0.9,
+    }
+    assert describe(plan_concat([], 5, []))["rows"] == 0
+    assert describe(plan_windows([], 5, 2))["rows"] == 0
+
+
+def test_errors_in_words() -> None:
+    with pytest.raises(ValueError, match="seq must be at least 1, got 0"):
+        plan_concat(LENGTHS, 0, [0])
+    with pytest.raises(ValueError, match="stride must be at least 1, got -2"):
+        plan_windows(LENGTHS, 7, -2)
+    with pytest.raises(ValueError, match=r"stride \(8\) must be at most seq \(7\)"):
+        plan_windows(LENGTHS, 7, 8)

@@ -1,0 +1,80 @@
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from tiny import tiny
+
+import lm
+from lm.generate import Sampler
+
+PROMPTS = [[5], [17, 3, 60, 4, 9], [1, 2, 3]]
+
+
+def greedy_by_full_forward(model, prompt, n):
+    tokens = list(prompt)
+    for _ in range(n):
+        tokens.append(int(jnp.argmax(model(jnp.array(tokens))[-1])))
+    return tokens[len(prompt) :]
+
+
+def test_greedy_decoding_equals_the_full_forward_on_a_ragged_batch(model):
+    together = lm.generate(model, PROMPTS, max_new_tokens=8)
+    assert together == [greedy_by_full_forward(model, prompt, 8) for prompt in PROMPTS]
+
+
+def test_a_stream_gives_what_generate_gives(model):
+    sampler = Sampler(temperature=0.8, top_k=20)
+    whole = lm.generate(model, [PROMPTS[1]], max_new_tokens=11, sampler=sampler, key=jr.key(3))[0]
+    assert list(lm.stream(model, PROMPTS[1], max_new_tokens=11, sampler=sampler, key=jr.key(3), chunk=4)) == whole
+    assert lm.generate(model, [PROMPTS[1]], max_new_tokens=11, sampler=sampler, key=jr.key(4))[0] != whole
+
+
+def test_rows_end_at_their_stop_id_and_the_others_go_on(model):
+    free = lm.generate(model, PROMPTS, max_new_tokens=8)
+    stop = free[1][3]
+    stopped = lm.generate(model, PROMPTS, max_new_tokens=8, stop_ids=[stop])
+    for whole, cut in zip(free, stopped, strict=True):
+        assert cut == (whole[: whole.index(stop)] if stop in whole else whole)
+    assert len(stopped[1]) <= 3
+    assert list(lm.stream(model, PROMPTS[1], max_new_tokens=8, stop_ids=[stop])) == stopped[1]
+
+
+def test_samples_follow_the_truncated_distribution():
+    logits = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.06, 0.04]]))
+    keys = jr.split(jr.key(0), 4000)
+
+    def frequencies(sampler):
+        drawn = jax.vmap(lambda key: sampler(logits, key)[0])(keys)
+        return np.bincount(np.asarray(drawn), minlength=5) / len(keys)
+
+    # Three standard deviations of a frequency near 0.5 over 4,000 draws are 0.024.
+    np.testing.assert_allclose(frequencies(Sampler()), [0.5, 0.25, 0.15, 0.06, 0.04], atol=0.03)
+    np.testing.assert_allclose(frequencies(Sampler(top_k=2)), [2 / 3, 1 / 3, 0, 0, 0], atol=0.03)
+    np.testing.assert_allclose(frequencies(Sampler(top_p=0.8)), [5 / 9, 2.5 / 9, 1.5 / 9, 0, 0], atol=0.03)
+    squared = np.array([0.5, 0.25, 0.15, 0.06, 0.04]) ** 2
+    np.testing.assert_allclose(frequencies(Sampler(temperature=0.5)), squared / squared.sum(), atol=0.03)
+    assert frequencies(Sampler(temperature=0.0))[0] == 1
+    assert frequencies(Sampler(top_p=0.01))[0] == 1  # never fewer than one token
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ({"prompts": [[1], []]}, "at least one token"),
+        ({"prompts": [[1, 97]]}, r"0 … 96"),
+        ({"max_new_tokens": 64}, "context of 64"),
+        ({"max_new_tokens": 0}, "at least 1"),
+        ({"sampler": Sampler()}, "needs key"),
+    ],
+)
+def test_bad_requests_are_refused_in_words(call, words):
+    arguments = {"prompts": [[1]], "max_new_tokens": 4} | call
+    with pytest.raises(ValueError, match=words):
+        lm.generate(tiny("llama"), arguments.pop("prompts"), **arguments)
+
+
+@pytest.mark.parametrize("setting", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
+def test_impossible_samplers_are_refused(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        Sampler(**setting)

@@ -1,0 +1,107 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny, tiny_config
+from safetensors.numpy import load_file, save_file
+
+import lm
+
+
+def same(one, other):
+    return all(
+        a.dtype == b.dtype and np.array_equal(np.asarray(a), np.asarray(b))
+        for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_saved_and_loaded_is_the_same_bit_for_bit(model, tied, tmp_path):
+    model = tiny(model.config.model_type, tied=tied, attention_bias=True)
+    lm.save_pretrained(model, tmp_path)
+    loaded = lm.load_pretrained(tmp_path)
+    assert loaded.config == model.config
+    assert jax.tree.structure(loaded) == jax.tree.structure(model)
+    assert same(loaded, model)
+
+
+def test_dtype_can_be_changed_on_the_way_out_and_in(model, tmp_path):
+    lm.save_pretrained(model, tmp_path, dtype=jnp.bfloat16)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(lm.load_pretrained(tmp_path)))
+    wide = lm.load_pretrained(tmp_path, dtype=jnp.float32)
+    assert same(wide, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), model))
+
+
+def test_missing_left_over_and_misshapen_tensors_are_listed_together(model, tmp_path):
+    lm.save_pretrained(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.norm.weight"]
+    tensors["model.layers.7.mlp.up_proj.weight"] = np.ones((3, 2), np.float32)
+    tensors["model.embed_tokens.weight"] = np.ones((4, 24), np.float32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="does not hold the model") as caught:
+        lm.load_pretrained(tmp_path)
+    for words in ("missing: model.norm.weight (24,)", "left over: model.layers.7.mlp", "shape: model.embed_tokens.weight is (4, 24), expected (97, 24)"):
+        assert words in str(caught.value)
+
+
+def test_a_truncated_file_is_named(model, tmp_path):
+    lm.save_pretrained(model, tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        lm.load_pretrained(tmp_path)
+
+
+def test_shards_are_read_through_their_index(model, tmp_path):
+    lm.save_pretrained(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, keys in parts.items():
+        save_file({key: tensors[key] for key in keys}, tmp_path / file)
+    index = {"metadata": {}, "weight_map": {key: file for file, keys in parts.items() for key in keys}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert same(lm.load_pretrained(tmp_path), model)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("hidden_act", "gelu", "hidden_act = 'gelu'"),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}, "'yarn'"),
+        ("attention_multiplier", 0.5, "attention_multiplier"),
+        ("model_type", "mamba", "known are llama, qwen3"),
+    ],
+)
+def test_config_keys_that_change_the_function_are_refused(key, value, words, tmp_path):
+    lm.save_pretrained(tiny("llama"), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(ValueError, match=words):
+        lm.load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_configs_go_out_and_come_back(name):
+    config = tiny_config(name, rope_base=12_345.0, norm_eps=3e-4, attention_bias=True)
+    assert type(config).from_hf(config.to_hf()) == config
+    modern = config.to_hf()
+    modern["rope_parameters"] = {"rope_type": "default", "rope_theta": modern.pop("rope_theta")}  # transformers 5
+    assert type(config).from_hf(modern) == config
+
+
+def test_presets_have_the_published_number_of_parameters():
+    import equinox as eqx
+
+    published = {"smollm2-135m": 134_515_008, "tinyllama-1.1b": 1_100_048_384, "qwen3-0.6b": 596_049_920, "qwen3-1.7b": 1_720_574_976}
+    counted = {}
+    for architecture in lm.ARCHITECTURES.values():
+        for name, config in architecture.presets.items():
+            skeleton = eqx.filter_eval_shape(lambda key, a=architecture, c=config: a.model.init(c, key=key), jax.random.key(0))
+            counted[name] = sum(leaf.size for leaf in jax.tree.leaves(skeleton))
+    assert counted == published
