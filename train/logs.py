@@ -153,7 +153,13 @@ def _remove_loguru_default() -> None:
 
 def _restore_loguru_default() -> None:
     global _loguru_default
-    _loguru_default = logger.add(sys.stderr, diagnose=False)
+    _loguru_default = logger.add(sys.stderr, format=_console_format, level="INFO", diagnose=False)
+
+
+def plain_messages() -> None:
+    """Time and words for people, instead of loguru's default with module and line. Recipes call it first."""
+    _remove_loguru_default()
+    _restore_loguru_default()
 
 
 def _clock(seconds: float) -> str:

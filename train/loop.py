@@ -1,55 +1,67 @@
 """Many steps, and the measure of a model on text it has not seen."""
 
 import math
+import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from loguru import logger
 
 from data.pipeline import Batch
 from train.step import Metrics, Step, TrainState
 
 
 def steps(
-    step: Step, state: TrainState, batches: Iterable[Batch], learning_rate: Callable[[int], float], *, start: int, stop: int
-) -> Iterator[tuple[int, TrainState, dict[str, float] | None]]:
+    step: Step,
+    state: TrainState,
+    batches: Iterable[Batch],
+    learning_rate: Callable[[int], float],
+    *,
+    start: int,
+    stop: int,
+    pause: Callable[[int], bool] = lambda done: False,
+) -> Iterator[tuple[int, TrainState, list[dict[str, float]]]]:
     """Train from step `start` to `stop`, yielding `(done, state, metrics)` after each one.
 
-    `state` is that after `done` steps, valid until the next one is asked for (its arrays are donated to it). `metrics` are those of the
-    step *before* (`metrics["step"] == done - 2`, counted from 0; `None` at first): fetching the newest would make the device wait for
-    Python. After the last step they come once more, so that none is lost: `done` then repeats.
+    `state` is that after `done` steps, valid until the next one is asked for: its arrays are donated to it. `metrics` are those that have
+    arrived since the last yield, usually one step late: fetching the newest at once would make the device wait for Python. Where
+    `pause(done)` is true, and after the last step, the device is waited for and none is outstanding, so that a checkpoint never gets ahead
+    of the log, and what the caller does there is not counted as the time of a step.
+
+    Each metrics dictionary holds `step` (counted from 1: the updates done), `loss`, `grad_norm`, `learning_rate`, `tokens`, `step_s`,
+    `tokens_per_s`, `wait_s` (seconds the step waited for its batch) and `skipped`.
     """
     iterator = iter(batches)
-    pending: tuple[int, float, Metrics] | None = None
+    pending: list[tuple[dict[str, float], Metrics]] = []
     clock = time.perf_counter()
     for index in range(start, stop):
-        waiting = time.perf_counter()
-        batch = next(iterator)
-        wait_s = time.perf_counter() - waiting
-        rate = learning_rate(index)
-        state, device_metrics = step(state, jax.tree.map(jnp.asarray, batch), rate)
-        metrics = None
-        if pending is not None:
-            metrics, clock = _fetch(*pending, clock=clock)
-            metrics["wait_s"] = wait_s
-        pending = (index, rate, device_metrics)
-        yield index + 1, state, metrics
-    if pending is not None:
-        metrics, _ = _fetch(*pending, clock=clock)
-        metrics["wait_s"] = 0.0
-        yield stop, state, metrics
+        asked = time.perf_counter()
+        batch = jax.tree.map(jnp.asarray, next(iterator))
+        known = {"step": index + 1, "learning_rate": learning_rate(index), "wait_s": time.perf_counter() - asked}
+        state, device_metrics = step(state, batch, known["learning_rate"])
+        pending.append((known, device_metrics))
+        synchronous = index + 1 == stop or pause(index + 1)
+        arrived = []
+        while len(pending) > (0 if synchronous else 1):
+            metrics, now = _fetch(*pending.pop(0), clock)
+            arrived.append(metrics)
+            clock = now
+        yield index + 1, state, arrived
+        if synchronous:
+            clock = time.perf_counter()
 
 
-def _fetch(index: int, rate: float, device_metrics: Metrics, *, clock: float) -> tuple[dict[str, float], float]:
+def _fetch(known: dict[str, float], device_metrics: Metrics, clock: float) -> tuple[dict[str, float], float]:
     """Wait for a step's numbers. Its time is that since the last fetch: with steps back to back, one step."""
-    values: dict[str, float] = {name: np.asarray(value).item() for name, value in device_metrics.items()}
+    values = {name: np.asarray(value).item() for name, value in device_metrics.items()}
     now = time.perf_counter()
-    tokens = values.pop("tokens")
-    return {"step": index, **values, "lr": rate, "tokens": tokens, "step_s": now - clock, "tokens_per_s": tokens / (now - clock)}, now
+    return known | values | {"step_s": now - clock, "tokens_per_s": values["tokens"] / (now - clock)}, now
 
 
 def nats_by_document(
@@ -88,3 +100,42 @@ def _sums(indices: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def bits_per_byte(nats: float, text_bytes: int) -> float:
     """Nats / ln 2 / UTF-8 bytes: what a coder driven by the model would need, comparable across tokenizers and with `xz`."""
     return nats / math.log(2) / text_bytes
+
+
+class Interrupt:
+    """Whether the process was asked to stop, and after which step it will."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._asked_at = -1
+        self._due = False
+
+    def due(self, done: int) -> bool:
+        """True if the run should end after `done` steps. The answer for one step never changes, so all who ask act alike."""
+        if done != self._asked_at:
+            self._asked_at, self._due = done, self.signal is not None
+        return self._due
+
+    @property
+    def exit_status(self) -> int:
+        """128 + the signal's number, as shells say it."""
+        return 128 + (self.signal or 0)
+
+
+@contextmanager
+def interruptible() -> Iterator[Interrupt]:
+    """Inside, Ctrl-C and SIGTERM ask to stop after the step in progress; a second one stops at once."""
+    interrupt = Interrupt()
+
+    def ask(number: int, frame: Any) -> None:
+        if interrupt.signal is not None:
+            raise KeyboardInterrupt
+        interrupt.signal = number
+        logger.warning("asked to stop: finishing this step and saving (once more to stop at once)")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupt
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

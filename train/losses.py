@@ -22,7 +22,7 @@ class Loss(NamedTuple):
 
     total: Array  # what is differentiated: cross_entropy + z_loss · Σ w log² Z
     cross_entropy: Array  # Σ w · (-log p), nats; reported only, no gradient flows from it
-    count: Array  # Σ w
+    count: Array  # type: ignore[assignment]  # Σ w; hides tuple.count, which nobody calls here
 
 
 def next_token(

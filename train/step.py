@@ -43,7 +43,7 @@ class TrainState(eqx.Module):
 
 
 Metrics = dict[str, Array]
-Step = Callable[[TrainState, Batch, Float[Array, ""]], tuple[TrainState, Metrics]]
+Step = Callable[[TrainState, Batch, float], tuple[TrainState, Metrics]]
 
 
 def init_state(model: AbstractLM, optimizer: optax.GradientTransformation) -> TrainState:
@@ -112,7 +112,7 @@ def make_step(optimizer: optax.GradientTransformation, config: StepConfig, fligh
 
     compiled = jax.jit(step, donate_argnums=0)  # what is frozen is not donated: it is needed again
 
-    def checked(state: TrainState, batch: Batch, learning_rate: Any) -> tuple[TrainState, Metrics]:
+    def checked(state: TrainState, batch: Batch, learning_rate: float) -> tuple[TrainState, Metrics]:
         if batch.tokens.shape[0] % config.micro_batches:
             raise ValueError(f"batch ({batch.tokens.shape[0]} rows) must be a multiple of micro_batches ({config.micro_batches})")
         changing = TrainState(state.trainable, None, state.optimizer, state.step, state.skipped)
@@ -129,7 +129,8 @@ def make_token_nats(flight: Flight, ops: Ops, chunk: int = 1024) -> Callable[[Ab
     @jax.jit
     def token_nats(model: AbstractLM, batch: Batch) -> Array:
         flying = put_on_flight(model, flight, ops)
-        hidden, _, _ = flying.hidden(batch.tokens, Facts(batch.positions, batch.segments))
-        return -token_log_probs(hidden, flying.unembedding, batch.targets, ops=ops, dtype=jnp.dtype(flight.dtype), chunk=chunk)
+        facts = Facts(jnp.asarray(batch.positions), jnp.asarray(batch.segments))
+        hidden, _, _ = flying.hidden(jnp.asarray(batch.tokens), facts)
+        return -token_log_probs(hidden, flying.unembedding, jnp.asarray(batch.targets), ops=ops, dtype=jnp.dtype(flight.dtype), chunk=chunk)
 
     return lambda model, batch: token_nats(model, jax.tree.map(jnp.asarray, batch))

@@ -1,0 +1,128 @@
+"""From the command line to a checked config, and back from a saved one.
+
+Every field of a recipe's `Config` is a flag; `--help` shows its meaning, unit and default. Defaults < preset < flags. With `--resume` the
+saved config of the run takes the place of the defaults, and only fields marked `resumable` may differ from it.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import tyro
+from pydantic import BaseModel, Field, ValidationError
+
+CONFIG_FILE = "config.json"
+
+AnyConfig = TypeVar("AnyConfig", bound=BaseModel)
+
+
+def resumable(default: Any, **options: Any) -> Any:
+    """A pydantic field that may differ when a run is resumed: it changes how the run is carried out, or how far, but not what it is."""
+    return Field(default, json_schema_extra={"resumable": True}, **options)
+
+
+def parse(
+    kind: type[AnyConfig],
+    presets: Mapping[str, Mapping[str, Any]],
+    description: str,
+    *,
+    default_preset: str,
+    recipe: str,
+    argv: Sequence[str] | None = None,
+) -> AnyConfig:
+    """The config the user asked for; on a mistake, words on stderr and exit status 2.
+
+    **Arguments:**
+
+    - `kind`: the recipe's `Config`. It has the fields `preset`, `run_dir`, `resume`.
+    - `presets`: values of fields by preset name.
+    - `recipe`: the name of its module; run folders made without `--run-dir` begin with it.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first_look.add_argument("--preset")
+    first_look.add_argument("--run-dir", "--run_dir")
+    first_look.add_argument("--resume", action="store_true")
+    try:
+        seen, _ = first_look.parse_known_args(argv)
+    except SystemExit:
+        seen = argparse.Namespace(preset=None, run_dir=None, resume=False)  # `--preset` without a name: tyro says it better
+    try:
+        if not seen.resume or "--help" in argv or "-h" in argv:
+            preset = presets.get(seen.preset or default_preset, {})
+            default = kind(preset=seen.preset or default_preset, **preset) if seen.preset in {None, *presets} else kind()
+            return tyro.cli(kind, args=argv, default=default, description=description, prog=f"python -m recipes.{recipe}")
+        folder = Path(seen.run_dir) if seen.run_dir else latest_run(Path("runs"), recipe)
+        saved = load_config(kind, folder).model_copy(update={"resume": True, "run_dir": folder})
+        wanted = tyro.cli(kind, args=argv, default=saved, description=description, prog=f"python -m recipes.{recipe}")
+        check_resumed(saved, wanted)
+        return wanted
+    except ValidationError as error:
+        fail("\n".join(f"--{_flag(each['loc'])}: {each['msg']} (got {each['input']!r})" for each in error.errors()))
+    except (ValueError, FileNotFoundError) as error:
+        fail(str(error))
+
+
+def fail(words: str) -> NoReturn:
+    """Say what is wrong and leave with status 2, as command-line parsers do."""
+    print(f"error: {words}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def load_config(kind: type[AnyConfig], folder: Path) -> AnyConfig:
+    """The config a run was started with."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: {folder} is no run that could be resumed. Leave out --resume to start one there")
+    return kind.model_validate(json.loads(path.read_text()))
+
+
+def latest_run(root: Path, recipe: str) -> Path:
+    """The run started last, of those that still have a config."""
+    runs = sorted(path.parent for path in root.glob(f"{recipe}-*/{CONFIG_FILE}"))
+    if not runs:
+        raise FileNotFoundError(f"no run of {recipe} in {root}/ to resume: name one with --run-dir DIR, or leave out --resume")
+    return runs[-1]
+
+
+def check_resumed(saved: BaseModel, wanted: BaseModel) -> None:
+    """Refuse to go on with another experiment under the old one's name."""
+    fixed = [
+        f"  --{_flag(path)}: the run has {old!r}, asked for is {new!r}"
+        for path, old, new, may_differ in _differences(saved, wanted)
+        if not may_differ
+    ]
+    if fixed:
+        raise ValueError(
+            "a resumed run must be the same experiment; these differ:\n"
+            + "\n".join(fixed)
+            + f"\nLeave them out, or start a new run. May differ: {', '.join(sorted(_resumable_flags(type(saved))))}"
+        )
+
+
+def _differences(
+    saved: BaseModel, wanted: BaseModel, prefix: tuple[str, ...] = (), inherited: bool = False
+) -> Iterator[tuple[tuple[str, ...], Any, Any, bool]]:
+    for name, field in type(saved).model_fields.items():
+        extra = field.json_schema_extra
+        may_differ = inherited or (isinstance(extra, dict) and bool(extra.get("resumable")))
+        old, new = getattr(saved, name), getattr(wanted, name)
+        if isinstance(old, BaseModel):
+            yield from _differences(old, new, (*prefix, name), may_differ)
+        elif old != new:
+            yield (*prefix, name), old, new, may_differ
+
+
+def _resumable_flags(kind: type[BaseModel]) -> list[str]:
+    return [
+        f"--{_flag((name,))}"
+        for name, field in kind.model_fields.items()
+        if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("resumable")
+    ]
+
+
+def _flag(path: Sequence[Any]) -> str:
+    return ".".join(str(part).replace("_", "-") for part in path)

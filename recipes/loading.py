@@ -1,0 +1,35 @@
+"""A model and its tokenizer, from any folder this project writes: a run, or a Hugging Face export."""
+
+from pathlib import Path
+
+import equinox as eqx
+
+from data.tokenizer import Tokenizer
+from lm.base import AbstractLM
+from lm.hf import abstract
+from lm.models import ARCHITECTURES, load_pretrained
+from train.checkpoint import Checkpoints, read_record
+
+
+def load(folder: Path) -> tuple[AbstractLM, Tokenizer, str]:
+    """The model, its tokenizer, and words on where it came from.
+
+    **Arguments:**
+
+    - `folder`: an export (`config.json`, `model.safetensors`), or a run: its export if it has ended, else its last checkpoint.
+    """
+    if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
+        return load_pretrained(folder), Tokenizer.load(folder), f"{folder}"
+    if (folder / "export").is_dir():
+        return load(folder / "export")
+    if not (folder / "checkpoints").is_dir():
+        raise ValueError(
+            f"{folder} is no run and no model: expected a folder with model.safetensors, or one with checkpoints/"
+            + ("" if folder.exists() else " (it does not exist)")
+        )
+    record = read_record(folder / "checkpoints")
+    architecture = ARCHITECTURES[record["model_type"]]
+    skeleton = abstract(architecture.model.init, architecture.config(**record["model"]))
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        found = checkpoints.restore({"model": eqx.filter(skeleton, lambda leaf: hasattr(leaf, "shape"))})
+    return found.items["model"], Tokenizer.load(folder / "tokenizer"), f"{folder}, checkpoint of step {found.step}"

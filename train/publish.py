@@ -1,0 +1,80 @@
+"""From a trained model to a folder that `transformers` and the Hub accept."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax.numpy as jnp
+
+from lm.base import AbstractLM
+from lm.models import save_pretrained
+
+
+class SavableTokenizer(Protocol):
+    """What the export needs of a tokenizer (`data.tokenizer.Tokenizer` has it)."""
+
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def eos_id(self) -> int | None: ...
+    @property
+    def pad_id(self) -> int | None: ...
+    def save(self, folder: Path, *, model_max_length: int | None = None) -> None: ...
+
+
+def export(
+    model: AbstractLM, tokenizer: SavableTokenizer, folder: Path, *, manifest: Mapping[str, Any], results: Mapping[str, Any]
+) -> None:
+    """Write `config.json`, `model.safetensors` (fp32), the tokenizer's files, `generation_config.json` and a README card.
+
+    **Arguments:**
+
+    - `manifest`: what the run was made of; the card quotes corpus, model and device, and never a path of this machine.
+    - `results`: what it measured.
+    """
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    ids = {name: value for name, value in ids.items() if value is not None}
+    save_pretrained(model, folder, dtype=jnp.float32, extra_config=ids)
+    tokenizer.save(folder, model_max_length=model.config.context)
+    generation = ids | {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "max_length": model.config.context}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+    (folder / "README.md").write_text(card(manifest, results, tokenizer.bos_id))
+
+
+def card(manifest: Mapping[str, Any], results: Mapping[str, Any], bos_id: int | None) -> str:
+    """The model card, in the Hub's format: front matter, then words."""
+    corpus, model, device = manifest["corpus"], manifest["model"], manifest["device"]
+    text = f"the standard library of {corpus['python']}" if "python" in corpus else f"{corpus['kind']} source"
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [jax, equinox, zmaj-lm]",
+        "---",
+        "",
+        f"# A {model['parameters'] / 1e6:.1f}M-parameter {model['model_type']} trained from scratch",
+        "",
+        f"Trained with zmaj-lm on {corpus['train_bytes']:,} bytes of text ({text}, {corpus['train_documents']:,} documents): "
+        f"{manifest['tokens']:,} tokens in {manifest['steps']:,} steps on {device.get('cpu') or device['device_kind']}.",
+        "",
+        f"| held-out text ({results['held_out_bytes']:,} bytes) | bits per byte |",
+        "|---|---|",
+        f"| this model | {results['bits_per_byte']:.4f} |",
+        f"| xz -9 | {results['xz']:.4f} |",
+        f"| xz -9, primed with the training text | {results['xz_primed']:.4f} |",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'tokenizer = AutoTokenizer.from_pretrained("this folder")',
+        'model = AutoModelForCausalLM.from_pretrained("this folder")',
+        "```",
+        "",
+        *([] if bos_id is None else [f"A document begins with token {bos_id}, which the tokenizer does not add by itself.", ""]),
+        f"Layers {model['n_layers']}, width {model['d_model']}, heads {model['n_heads']} ({model['n_kv_heads']} for keys), "
+        f"MLP {model['d_ff']}, vocabulary {model['vocab']:,}, context {model['context']:,}; seed {manifest['seed']}; "
+        f"corpus sha256 `{corpus['sha256']}`.",
+        "",
+    ]
+    return "\n".join(lines)
