@@ -10,15 +10,14 @@ Shapes are those of the glossary in `lm/base.py`; weights are `(out, in)` as in 
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any, Literal, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
+from lm import kernels_cpu
 from lm.masks import Facts, may_attend
 
 # ------------------------------------------------------------------------------------------- reference
@@ -110,39 +109,12 @@ def _jax_nn_attention(implementation: Literal["xla", "cudnn"]) -> Callable[..., 
 # ------------------------------------------------------------------------------------------- CPU
 
 
-def _rows(x: Array) -> Array:
-    """The same values, really laid out row by row. Without it XLA turns a transpose into a change of layout, and the product behind it misses the
-    fast kernels (fp32 at a quarter of the speed, or at run time "Unsupported element type for DotThunk")."""
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
-
-
-def _cpu_weight_gradient(dy: Float[Array, "n d_out"], x: Float[Array, "n d_in"]) -> Float[Array, "d_out d_in"]:
-    """dyᵀ x with the narrower side transposed in memory first."""
-    plain = (((1,), (0,)), ((), ()))
-    if dy.shape[1] <= x.shape[1]:
-        return jax.lax.dot_general(_rows(dy.T), x, plain, preferred_element_type=jnp.float32)
-    return _rows(_rows(jax.lax.dot_general(_rows(x.T), dy, plain, preferred_element_type=jnp.float32)).T)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _cpu_linear(x: Float[Array, "*batch d_in"], weight: Float[Array, "d_out d_in"], dtype: Any = None) -> Float[Array, "*batch d_out"]:
-    """`linear` whose backward pass stays on the fast kernels."""
-    return linear(x, weight, dtype)
-
-
-def _cpu_linear_forward(x: Array, weight: Array, dtype: Any) -> tuple[Array, tuple[Array, Array]]:
-    return linear(x, weight, dtype), (x, weight)
-
-
-def _cpu_linear_backward(dtype: Any, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    x, weight = saved
-    flat_x = x.reshape(-1, x.shape[-1])
-    flat_dy = dy.reshape(-1, dy.shape[-1]).astype(weight.dtype)
-    dx = input_gradient(flat_dy, weight).astype(x.dtype).reshape(x.shape)
-    return dx, _cpu_weight_gradient(flat_dy, flat_x).astype(weight.dtype)
-
-
-_cpu_linear.defvjp(_cpu_linear_forward, _cpu_linear_backward)
+def _cpu_attention(q: Array, k: Array, v: Array, query_facts: Facts, key_facts: Facts, scale: float, window: int | None = None) -> Array:
+    """The blocked kernel where a row looks at itself, as in training; the reference where queries look into a cache, told by there being
+    more keys than queries. (A prompt that fills its cache to the last slot is again a row that looks at itself.)"""
+    if q.shape[-2] != k.shape[-2]:
+        return attention(q, k, v, query_facts, key_facts, scale, window)
+    return kernels_cpu.attention(q, k, v, query_facts.segments, scale, window)
 
 
 # ------------------------------------------------------------------------------------------- the table
@@ -175,7 +147,7 @@ BACKENDS: dict[str, Ops] = {
     "reference": REFERENCE,
     "xla": Ops("xla", attention=_jax_nn_attention("xla")),
     "cudnn": Ops("cudnn", attention=_jax_nn_attention("cudnn")),
-    "cpu": Ops("cpu", linear=_cpu_linear, weight_gradient=_cpu_weight_gradient),
+    "cpu": Ops("cpu", linear=kernels_cpu.linear, weight_gradient=kernels_cpu.weight_gradient, attention=_cpu_attention),
 }
 
 Tree = TypeVar("Tree")

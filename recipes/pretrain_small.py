@@ -40,7 +40,7 @@ from data.cache import TokenCache
 from data.pipeline import PackedRows, batch_at, evaluation_batches, train_batches
 from data.sources import Source, open_source
 from data.tasks.python_syntax import complete_statements, parses
-from data.tokenizer import Tokenizer
+from data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from lm.flight import Flight
 from lm.generate import Sampler
 from lm.models.qwen3 import Qwen3Config
@@ -50,7 +50,16 @@ from train.logs import RunLog, mfu, model_flops_per_token, plain_messages, plot_
 from train.loop import bits_per_byte, interruptible, nats_by_document, steps
 from train.optimizers import OptimizerConfig, ScheduleConfig, build_optimizer, learning_rate
 from train.publish import export
-from train.runtime import cache_root, choose_device, compilation_cache, device_facts, memory_in_use, peak_flops, process_settings
+from train.runtime import (
+    DeviceError,
+    cache_root,
+    choose_device,
+    compilation_cache,
+    device_facts,
+    memory_in_use,
+    peak_flops,
+    process_settings,
+)
 from train.step import StepConfig, TrainState, init_state, make_step, make_token_nats
 
 # ------------------------------------------------------------------------------------------- config
@@ -62,7 +71,7 @@ class Config(BaseModel, frozen=True, extra="forbid"):
     preset: Literal["1m", "4m", "14m", "30m", "60m"] = Field("4m", description="sizes of model and batch, by parameter count")
     data: str = Field("stdlib", description="the corpus: 'stdlib', a text file, a folder, or .jsonl[.gz] with a 'text' field")
     on_invalid_utf8: Literal["error", "replace", "skip"] = Field("error", description="what to do with a document that is not UTF-8")
-    vocab: int = Field(4096, description="tokens of the vocabulary to be learned, special ones included")
+    vocab: int = Field(4096, ge=256 + len(SPECIAL_TOKENS), description="tokens of the vocabulary to be learned, special ones included")
     d_model: int = Field(256, gt=0, description="width of the residual stream")
     n_layers: int = Field(4, gt=0, description="blocks")
     n_heads: int = Field(4, gt=0, description="query heads of a block")
@@ -96,9 +105,9 @@ class Config(BaseModel, frozen=True, extra="forbid"):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
-        self.model_config_of(vocab=max(self.vocab, 1))  # raises on impossible head counts
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model ({self.d_model}) must be a multiple of n_heads ({self.n_heads}): a head is d_model / n_heads wide")
+        self.model_config_of(self.vocab)  # raises where heads cannot be grouped
         if self.batch % self.step.micro_batches:
             raise ValueError(f"batch ({self.batch} rows) must be a multiple of step.micro_batches ({self.step.micro_batches})")
         if self.backend not in ("auto", *lm.BACKENDS):
@@ -113,7 +122,7 @@ class Config(BaseModel, frozen=True, extra="forbid"):
             n_layers=self.n_layers,
             n_heads=self.n_heads,
             n_kv_heads=self.n_kv_heads,
-            head_dim=max(2, self.d_model // self.n_heads),
+            head_dim=self.d_model // self.n_heads,
             d_ff=self.d_ff,
             context=self.seq,
             rope_base=10_000.0,
@@ -506,5 +515,5 @@ if __name__ == "__main__":
     chosen = parse(Config, PRESETS, __doc__ or "", default_preset="4m", recipe="pretrain_small")
     try:
         main(chosen)
-    except (ValueError, OSError, CheckpointError) as error:
+    except (ValueError, OSError, CheckpointError, DeviceError) as error:
         fail(str(error))

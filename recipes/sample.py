@@ -20,7 +20,7 @@ from recipes.command_line import fail
 from recipes.loading import load
 from train.checkpoint import CheckpointError
 from train.logs import plain_messages
-from train.runtime import choose_device, compilation_cache
+from train.runtime import DeviceError, choose_device, compilation_cache
 
 
 class Config(BaseModel, frozen=True, extra="forbid"):
@@ -68,5 +68,5 @@ if __name__ == "__main__":
     chosen = tyro.cli(Config, description=__doc__, prog="python -m recipes.sample")
     try:
         main(chosen)
-    except (ValueError, OSError, CheckpointError) as error:
+    except (ValueError, OSError, CheckpointError, DeviceError) as error:
         fail(str(error))

@@ -1,11 +1,16 @@
 """Tiny models and batches whose sizes are all different, products too, so that a wrong axis cannot pass."""
 
+from functools import lru_cache
+from itertools import pairwise
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
 import lm
+from data.pipeline import Batch
 from lm.models.llama import LlamaConfig
 from lm.models.qwen3 import Qwen3Config
 
@@ -17,19 +22,33 @@ def tiny_config(name: str, **changes):
     return kind(**(SIZES | {"tied": name == "qwen3", "init_std": 0.2} | changes))
 
 
+@lru_cache
+def _tiny_arrays(name: str, seed: int, changes: tuple):
+    config = tiny_config(name, **dict(changes))
+    skeleton = eqx.filter_eval_shape(lambda key: lm.build(config, key=key), jr.key(0))  # nothing is computed, nothing compiled
+    rng = np.random.default_rng(seed)
+
+    def fill(path, leaf):
+        mean, std = (1.0, 0.1) if jax.tree_util.keystr(path).endswith("scale") else (0.0, config.init_std)
+        return rng.normal(mean, std, leaf.shape).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(fill, skeleton)
+
+
 def tiny(name: str, seed: int = 0, **changes):
-    """A random model with every array random: norms that are all ones would hide a forgotten scale."""
-    model = lm.build(tiny_config(name, **changes), key=jr.key(seed))
-    leaves, treedef = jax.tree.flatten(model)
-    keys = jr.split(jr.key(seed + 1), len(leaves))
-    noisy = [leaf + 0.1 * jr.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(treedef, noisy)
+    """A random model with every array random: norms that are all ones would hide a forgotten scale. Its arrays are the caller's own, to be
+    donated if need be."""
+    return jax.tree.map(jnp.array, _tiny_arrays(name, seed, tuple(sorted(changes.items()))))
+
+
+@eqx.filter_jit
+def logits_of(model, tokens, facts=None, key=None):
+    """`model(tokens, facts, key=key)` as one program. One operation after another, as in IPython, each is compiled for each new shape."""
+    return model(tokens, facts, key=key)
 
 
 def packed_batch(batch: int = 2, seq: int = 13, vocab: int = 97, seed: int = 0):
     """Rows of three documents and some padding."""
-    from data.pipeline import Batch
-
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, vocab, (batch, seq)).astype(np.int32)
     targets = rng.integers(0, vocab, (batch, seq)).astype(np.int32)
@@ -37,7 +56,7 @@ def packed_batch(batch: int = 2, seq: int = 13, vocab: int = 97, seed: int = 0):
     positions = np.zeros((batch, seq), np.int32)
     for row in range(batch):
         cuts = [0, 4 + row, 9, seq - 1 - row]
-        for document, (start, stop) in enumerate(zip(cuts[:-1], cuts[1:], strict=True), start=1):
+        for document, (start, stop) in enumerate(pairwise(cuts), start=1):
             segments[row, start:stop] = document
             positions[row, start:stop] = np.arange(stop - start)
     weights = (segments > 0).astype(np.float32)

@@ -221,6 +221,10 @@ def _read(path: Path) -> str:
 _GOOGLE, _TPU_CHIPS = "0x1ae0", ("0x0027", "0x0056", "0x005e", "0x0062", "0x0063", "0x006f", "0x0076")
 
 
+class DeviceError(RuntimeError):
+    """The device asked for cannot be used, or using another one would be a surprise."""
+
+
 def nvidia_attached(root: Path = ROOT) -> bool:
     """Whether the machine has an NVIDIA GPU and its driver, jax's opinion aside."""
     gpus = root / "proc/driver/nvidia/gpus"
@@ -252,15 +256,15 @@ def choose_device(asked: Literal["auto", "cpu", "gpu", "tpu"] = "auto", *, root:
         told_so = os.environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu"
         if device.platform == "cpu" and not told_so:
             if nvidia_attached(root):
-                raise RuntimeError(f"jax runs on the CPU of this machine, which has an NVIDIA GPU. {_how_to_get('gpu')}")
+                raise DeviceError(f"jax runs on the CPU of this machine, which has an NVIDIA GPU. {_how_to_get('gpu')}")
             if tpu_attached(root):
-                raise RuntimeError(f"jax runs on the CPU of this machine, which has a TPU. {_how_to_get('tpu')}")
+                raise DeviceError(f"jax runs on the CPU of this machine, which has a TPU. {_how_to_get('tpu')}")
         return device
 
     if asked == "cpu":
         jax.config.update("jax_platforms", "cpu")  # heeded until the first computation
         if jax.default_backend() != "cpu":
-            raise RuntimeError(
+            raise DeviceError(
                 f"device 'cpu' was asked for, but jax has already started on {jax.default_backend()!r}: "
                 "choose the device before the first computation, or start with JAX_PLATFORMS=cpu."
             )
@@ -276,7 +280,7 @@ def choose_device(asked: Literal["auto", "cpu", "gpu", "tpu"] = "auto", *, root:
             hint = f"The machine has {name}. {_how_to_get(asked)}"
         else:
             hint = f"The machine shows no {name.split(' ', 1)[1]} either: run elsewhere, or leave --device out."
-        raise RuntimeError(f"device {asked!r} was asked for, but {found}. {hint}") from error
+        raise DeviceError(f"device {asked!r} was asked for, but {found}. {hint}") from error
 
 
 def _how_to_get(platform_name: str) -> str:

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny, tiny_config
 from safetensors.numpy import load_file, save_file
+from tiny import tiny, tiny_config
 
 import lm
 
@@ -44,7 +44,11 @@ def test_missing_left_over_and_misshapen_tensors_are_listed_together(model, tmp_
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="does not hold the model") as caught:
         lm.load_pretrained(tmp_path)
-    for words in ("missing: model.norm.weight (24,)", "left over: model.layers.7.mlp", "shape: model.embed_tokens.weight is (4, 24), expected (97, 24)"):
+    for words in (
+        "missing: model.norm.weight (24,)",
+        "left over: model.layers.7.mlp",
+        "shape: model.embed_tokens.weight is (4, 24), expected (97, 24)",
+    ):
         assert words in str(caught.value)
 
 

@@ -1,5 +1,7 @@
 """Each backend computes the reference, and so do its gradients."""
 
+from functools import lru_cache
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -13,7 +15,9 @@ from lm.flight import Flight, put_on_flight
 RUNS_HERE = ["xla", "cpu"]  # cudnn needs an NVIDIA card
 
 
-def gradients(model, ops, dtype):
+@lru_cache
+def gradients(drawing, ops, dtype):
+    model = tiny(drawing)
     batch = packed_batch(seq=24)
 
     @jax.jit
@@ -30,27 +34,23 @@ def gradients(model, ops, dtype):
 
 def worst(one, other):
     """Largest error of any leaf, over its largest entry."""
-    return max(
-        float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-    )
+    return max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
 
 
 @pytest.mark.parametrize("name", RUNS_HERE)
 @pytest.mark.parametrize("drawing", ["llama", "qwen3"])
 def test_backend_equals_reference_in_fp32(name, drawing):
-    model = tiny(drawing)
-    value, gradient = gradients(model, lm.BACKENDS[name], "float32")
-    expected_value, expected = gradients(model, lm.REFERENCE, "float32")
+    value, gradient = gradients(drawing, lm.BACKENDS[name], "float32")
+    expected_value, expected = gradients(drawing, lm.REFERENCE, "float32")
     np.testing.assert_allclose(value, expected_value, rtol=1e-5)
     assert worst(gradient, expected) < 2e-5
 
 
 @pytest.mark.parametrize("name", RUNS_HERE)
 def test_backend_in_bf16_is_no_worse_than_the_reference_in_bf16(name):
-    model = tiny("qwen3")
-    _, exact = gradients(model, lm.REFERENCE, "float32")
-    _, plain = gradients(model, lm.REFERENCE, "bfloat16")
-    _, fast = gradients(model, lm.BACKENDS[name], "bfloat16")
+    _, exact = gradients("qwen3", lm.REFERENCE, "float32")
+    _, plain = gradients("qwen3", lm.REFERENCE, "bfloat16")
+    _, fast = gradients("qwen3", lm.BACKENDS[name], "bfloat16")
     assert worst(plain, exact) > 1e-3  # else this test compares nothing
     assert worst(fast, exact) < 1.5 * worst(plain, exact)
 
@@ -74,7 +74,7 @@ def test_the_tree_at_rest_can_be_differentiated_forwards():
     model = tiny("llama")
     tokens = jnp.arange(7)
     tangent = jax.tree.map(jnp.ones_like, model)
-    _, slope = jax.jvp(lambda m: m(tokens), (model,), (tangent,))
+    _, slope = jax.jit(lambda *trees: jax.jvp(lambda m: m(tokens), *trees))((model,), (tangent,))
     assert slope.shape == (7, 97)
     flying = lm.with_ops(model, lm.BACKENDS["cpu"])
     with pytest.raises(TypeError, match="custom_vjp"):

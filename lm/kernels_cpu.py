@@ -1,0 +1,247 @@
+"""What the `cpu` backend computes in its own way: linear maps and causal attention, each with a hand-written backward pass.
+
+XLA's fast matrix products for processors want both operands in row-major order and, in bf16, an fp32 result. The products of a forward pass
+come so; those autodiff writes for the backward pass do not, and fall back to a kernel at a third of the speed. So both passes are written
+here in the form the fast products take. Nothing in this file is imported but by `lm.kernels`, which puts it in its table.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Bool, Float, Int
+
+BLOCK = 128  # queries, or keys, worked on at once: scores of a block stay near the processor, and little above the diagonal is computed
+
+
+def _rows(x: Array) -> Array:
+    """The same values, really laid out row by row. Without it XLA turns a transpose into a change of layout, and the product behind it misses the
+    fast kernels (fp32 at a quarter of the speed, or at run time "Unsupported element type for DotThunk")."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
+# ------------------------------------------------------------------------------------------- linear
+
+
+def _dot(a: Array, b: Array, axis_of_a: int, axis_of_b: int) -> Array:
+    """The product of two matrices summed over one axis of each, in fp32."""
+    return jax.lax.dot_general(a, b, (((axis_of_a,), (axis_of_b,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def weight_gradient(dy: Float[Array, "n d_out"], x: Float[Array, "n d_in"]) -> Float[Array, "d_out d_in"]:
+    """dyᵀ x with the narrower side transposed in memory first."""
+    if dy.shape[1] <= x.shape[1]:
+        return _dot(_rows(dy.T), x, 1, 0)
+    return _rows(_rows(_dot(_rows(x.T), dy, 1, 0)).T)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def linear(x: Float[Array, "*batch d_in"], weight: Float[Array, "d_out d_in"], dtype: Any = None) -> Float[Array, "*batch d_out"]:
+    """x Wᵀ as in the reference, with a backward pass that stays on the fast products."""
+    y = _dot(x.reshape(-1, x.shape[-1]), weight, 1, 1)
+    return y.astype(dtype or x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _linear_forward(x: Array, weight: Array, dtype: Any) -> tuple[Array, tuple[Array, Array]]:
+    return linear(x, weight, dtype), (x, weight)
+
+
+def _linear_backward(dtype: Any, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, weight = saved
+    flat_x = x.reshape(-1, x.shape[-1])
+    flat_dy = dy.reshape(-1, dy.shape[-1]).astype(weight.dtype)
+    dx = _dot(flat_dy, weight, 1, 0).astype(x.dtype).reshape(x.shape)
+    return dx, weight_gradient(flat_dy, flat_x).astype(weight.dtype)
+
+
+linear.defvjp(_linear_forward, _linear_backward)
+
+
+# ------------------------------------------------------------------------------------------- norm and rotation
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x: Float[Array, "*batch d"], scale: Float[Array, " d"], eps: float) -> Float[Array, "*batch d"]:
+    """x / rms(x) · scale as in the reference; only the gradient of the scale is taken another way."""
+    return (_normalised(x, eps)[0] * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def _normalised(x: Array, eps: float) -> tuple[Array, Array]:
+    """x / rms(x) in fp32, and 1 / rms(x)."""
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return wide * inverse, inverse
+
+
+def _rms_norm_forward(x: Array, scale: Array, eps: float) -> tuple[Array, tuple[Array, Array]]:
+    return rms_norm(x, scale, eps), (x, scale)
+
+
+def _rms_norm_backward(eps: float, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, scale = saved
+    normalised, inverse = _normalised(x, eps)
+    dy = dy.astype(jnp.float32)
+    along = dy * scale.astype(jnp.float32)
+    dx = inverse * (along - normalised * jnp.mean(along * normalised, axis=-1, keepdims=True))
+    # A sum over all tokens is a slow loop down the columns; as a product with rows of ones it takes the fast path.
+    d_scale_terms = (dy * normalised).reshape(-1, x.shape[-1])
+    d_scale = _dot(jnp.ones((8, len(d_scale_terms)), jnp.float32), d_scale_terms, 1, 0)[0]
+    return dx.astype(x.dtype), d_scale.astype(scale.dtype)
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+
+
+def rotate(
+    x: Float[Array, "*batch heads seq head_dim"],
+    cos: Float[Array, "*batch seq head_dim"],
+    sin: Float[Array, "*batch seq head_dim"],
+) -> Float[Array, "*batch heads seq head_dim"]:
+    """The reference's rotation, with the minus sign moved from x into the small table: what is left of "rotate half" is a swap, which is its
+    own backward pass."""
+    first, second = jnp.split(sin, 2, axis=-1)
+    signed = jnp.concatenate([-first, second], axis=-1)
+    wide = x.astype(jnp.float32)
+    return (wide * cos[..., None, :, :] + _swap_halves(wide) * signed[..., None, :, :]).astype(x.dtype)
+
+
+@jax.custom_vjp
+def _swap_halves(x: Array) -> Array:
+    first, second = jnp.split(x, 2, axis=-1)
+    return _rows(jnp.concatenate([second, first], axis=-1))  # written out: fused into what follows, XLA's loop is not vectorised
+
+
+_swap_halves.defvjp(lambda x: (_swap_halves(x), None), lambda _, dy: (_swap_halves(dy),))
+
+
+# ------------------------------------------------------------------------------------------- attention
+
+
+def attention(
+    q: Float[Array, "*batch heads seq head_dim"],
+    k: Float[Array, "*batch kv_heads seq head_dim"],
+    v: Float[Array, "*batch kv_heads seq head_dim"],
+    segments: Int[Array, "*#batch seq"],
+    scale: float,
+    window: int | None = None,
+) -> Float[Array, "*batch heads seq head_dim"]:
+    """softmax(scale · q kᵀ) v of a row with itself, block by block, never holding a `seq × seq` matrix.
+
+    Of the facts it asks only for the segments: a token sees those of its own segment that stand before it in the row. That is `may_attend`
+    for every row whose documents are whole and in order, positions counting up by one (packed, right-padded or left-padded). Padding alone
+    may differ: its positions are all 0, so by the rule padding sees padding on both sides, and here only what stands before.
+
+    The heads that share a key head are laid one below the other as further query rows (GQA), so keys and values are never repeated and
+    dk, dv come out summed over them.
+    """
+    *batch, heads, seq, head_dim = q.shape
+    kv_heads = k.shape[-3]
+    flat_segments = jnp.broadcast_to(segments, (*batch, seq)).reshape(-1, seq)
+    mixed = _blocked(
+        q.reshape(-1, heads // kv_heads, seq, head_dim),
+        k.reshape(-1, seq, head_dim),
+        v.reshape(-1, seq, head_dim),
+        flat_segments,
+        scale,
+        window,
+    )
+    return mixed.reshape(q.shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _blocked(
+    q: Float[Array, "n group seq head_dim"],
+    k: Float[Array, "n seq head_dim"],
+    v: Float[Array, "n seq head_dim"],
+    segments: Int[Array, "rows seq"],
+    scale: float,
+    window: int | None,
+) -> Float[Array, "n group seq head_dim"]:
+    """`attention` with all batch axes and key heads as one axis, n = rows · kv_heads.
+
+    Softmax is taken a block of queries at a time; the backward pass makes the scores again from q, k and one number a query, the logarithm of
+    its softmax's denominator (Dao et al. 2022, arXiv:2205.14135, algorithms 1 and 4). Unlike there, a block of queries takes all its keys
+    at once, so no running maximum is needed.
+    """
+    return _blocked_forward(q, k, v, segments, scale, window)[0]
+
+
+Saved = tuple[Array, Array, Array, Array, Array, Array]
+
+
+def _blocked_forward(q: Array, k: Array, v: Array, segments: Array, scale: float, window: int | None) -> tuple[Array, Saved]:
+    group, seq = q.shape[1:3]
+    outs, log_sums = [], []
+    for lo in range(0, seq, BLOCK):
+        hi = min(lo + BLOCK, seq)
+        # With a window, keys before the first query's reach are left out, in whole blocks: the products keep regular sizes.
+        first = 0 if window is None else max(0, lo - window + 1) // BLOCK * BLOCK
+        queries, keys = slice(lo, hi), slice(first, hi)
+        scores = _batched(_stacked(q[:, :, queries]), k[:, keys], 2, 2) * scale
+        allowed = _allowed(segments, queries, keys, window)[:, None, None]  # rows kv_heads group queries keys
+        scores = jnp.where(allowed, scores.reshape(len(segments), -1, group, *allowed.shape[-2:]), jnp.finfo(jnp.float32).min)
+        scores = scores.reshape(-1, group * (hi - lo), hi - first)
+        highest = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - highest)
+        total = jnp.sum(weights, axis=-1, keepdims=True)  # at least 1: every token sees itself
+        mixed = _batched(weights.astype(v.dtype), v[:, keys], 2, 1) / total
+        outs.append(mixed.astype(q.dtype).reshape(-1, group, hi - lo, q.shape[-1]))
+        log_sums.append((highest + jnp.log(total)).reshape(-1, group, hi - lo))
+    out = jnp.concatenate(outs, axis=2)
+    return out, (q, k, v, segments, out, jnp.concatenate(log_sums, axis=2))
+
+
+def _blocked_backward(scale: float, window: int | None, saved: Saved, d_out: Array) -> tuple[Array, Array, Array, None]:
+    """A block of keys at a time, with all the queries that see it: its dk and dv are then complete, and only dq is a sum over blocks.
+
+    Scores are made transposed, Sᵀ = k qᵀ, keys down and queries across: then dv = Pᵀ dO and dk = dSᵀ q are plain row-major products, and
+    dqᵀ = kᵀ dSᵀ asks only for the small k to be turned.
+    """
+    q, k, v, segments, out, log_sums = saved
+    group, seq = q.shape[1:3]
+    # Σ P dP over a query's keys, which the softmax's denominator takes away from dP; equal to dO · O (eq. 4 there).
+    shift = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
+    d_out = d_out.astype(v.dtype)
+    dq = jnp.zeros(q.shape, jnp.float32)
+    dk, dv = [], []
+    for lo in range(0, seq, BLOCK):
+        hi = min(lo + BLOCK, seq)
+        # The last query that sees the block's last key is hi - 1 + window - 1; up to a whole block, as before.
+        last = seq if window is None else min(seq, -(-(hi + window - 1) // BLOCK) * BLOCK)
+        keys, queries = slice(lo, hi), slice(lo, last)
+        of_query = (len(q), 1, group * (last - lo))  # a number a query, in a row over the columns of Sᵀ
+        allowed = jnp.swapaxes(_allowed(segments, queries, keys, window), 1, 2)[:, None, :, None]  # rows kv_heads keys group queries
+        q_rows, d_out_rows = _stacked(q[:, :, queries]), _stacked(d_out[:, :, queries])
+
+        scores = _batched(k[:, keys], q_rows, 2, 2) * scale
+        weights = jnp.exp(scores - log_sums[:, :, queries].reshape(of_query))
+        weights = jnp.where(allowed, weights.reshape(len(segments), -1, hi - lo, group, last - lo), 0).reshape(scores.shape)
+        d_weights = _batched(v[:, keys], d_out_rows, 2, 2)
+        d_scores = (weights * (d_weights - shift[:, :, queries].reshape(of_query)) * scale).astype(k.dtype)
+
+        dv.append(_batched(weights.astype(v.dtype), d_out_rows, 2, 1))
+        dk.append(_batched(d_scores, q_rows, 2, 1))
+        dq_columns = _rows(_batched(_rows(jnp.swapaxes(k[:, keys], 1, 2)), d_scores, 2, 1))  # head_dim down, queries across
+        dq = dq.at[:, :, queries].add(jnp.swapaxes(dq_columns, 1, 2).reshape(-1, group, last - lo, q.shape[-1]))
+    return dq.astype(q.dtype), jnp.concatenate(dk, axis=1).astype(k.dtype), jnp.concatenate(dv, axis=1).astype(v.dtype), None
+
+
+_blocked.defvjp(_blocked_forward, _blocked_backward)
+
+
+def _allowed(segments: Array, queries: slice, keys: slice, window: int | None) -> Bool[Array, "rows queries keys"]:
+    """`may_attend` for these queries and keys of a row, places in the row standing for positions."""
+    ahead = jnp.arange(queries.start, queries.stop)[:, None] - jnp.arange(keys.start, keys.stop)
+    near = (ahead >= 0) if window is None else (ahead >= 0) & (ahead < window)
+    return near & (segments[:, queries, None] == segments[:, None, keys])
+
+
+def _stacked(x: Float[Array, "n group seq head_dim"]) -> Float[Array, "n group*seq head_dim"]:
+    return x.reshape(len(x), -1, x.shape[-1])
+
+
+def _batched(a: Array, b: Array, axis_of_a: int, axis_of_b: int) -> Array:
+    """The products of two stacks of matrices, each summed over one axis of both, in fp32."""
+    return jax.lax.dot_general(a, b, (((axis_of_a,), (axis_of_b,)), ((0,), (0,))), preferred_element_type=jnp.float32)

@@ -1,0 +1,40 @@
+"""Running recipes as a user does: another process, its own caches, and an environment the tests have not touched."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+# A model of a few thousand parameters whose runs still go through every stage.
+SMALL = "--preset 1m --vocab 400 --d-model 32 --n-layers 2 --d-ff 48 --seq 64 --batch 4 --validate-rows 8 --report-samples 3".split()
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """The user's, without what the tests set, and with caches of their own."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "GLIBC_", "ZMAJ_", "PYTEST_"))}
+    return kept | {"ZMAJ_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu"}
+
+
+def start(arguments: list[str], cache: Path, recipe: str = "pretrain_small") -> subprocess.Popen:
+    command = [sys.executable, "-m", f"recipes.{recipe}", *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment(cache), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run(arguments: list[str], cache: Path, recipe: str = "pretrain_small") -> tuple[int, str]:
+    """Exit status and all output."""
+    process = start(arguments, cache, recipe)
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def corpus(folder: Path) -> Path:
+    """Some 60 files of real Python."""
+    library = Path(sysconfig.get_path("stdlib"))
+    folder.mkdir(parents=True, exist_ok=True)
+    for package in ("json", "email", "http", "logging", "html", "urllib", "xml", "importlib"):
+        for file in sorted((library / package).rglob("*.py")):
+            (folder / "_".join(file.relative_to(library).parts)).write_bytes(file.read_bytes())
+    return folder

@@ -1,0 +1,196 @@
+"""The main job, run as a user runs it."""
+
+import json
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+from integration.recipe_runs import SMALL, corpus, run, start
+from safetensors.numpy import load_file
+
+import lm
+from data.tokenizer import Tokenizer
+
+STEPS = 30
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """Corpus and caches for all runs here, and the uninterrupted run the others are held against."""
+    folder = tmp_path_factory.mktemp("pretrain")
+    arguments = [*SMALL, "--data", corpus(folder / "corpus"), "--steps", STEPS, "--save-every", 4, "--validate-every", 8, "--dropout", 0.1]
+    status, output = run([*arguments, "--run-dir", folder / "whole"], folder / "cache")
+    assert status == 0, output
+    return folder, arguments, output
+
+
+def losses(run_folder):
+    lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line.get("loss"), line.get("val_loss")) for line in lines]
+
+
+def test_the_run_folder_holds_all_that_was_promised(shared):
+    folder, _, output = shared
+    whole = folder / "whole"
+    for name in ("config.json", "manifest.json", "metrics.jsonl", "results.json", "samples.txt", "loss.png", "run.log", "checkpoints"):
+        assert (whole / name).exists(), name
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md"):
+        assert (whole / "export" / name).exists(), name
+    assert [step for step, loss, _ in losses(whole) if loss is not None] == list(range(1, STEPS + 1))
+    manifest = json.loads((whole / "manifest.json").read_text())
+    assert manifest["steps"] == STEPS
+    assert manifest["corpus"]["train_documents"] + manifest["corpus"]["held_out_documents"] == manifest["corpus"]["documents"]
+    for words in ("bits per byte", "tokens/s", "MFU", "xz -9"):
+        assert words in output
+    assert str(folder) not in (whole / "export" / "README.md").read_text()
+
+
+def test_the_loss_falls_and_bits_per_byte_follow_from_the_exported_model(shared):
+    """The figure of the report, computed again from nothing but the export and the held-out files, a document at a time."""
+    folder, _, _ = shared
+    whole = folder / "whole"
+    course = [loss for _, loss, _ in losses(whole) if loss is not None]
+    assert course[-1] < course[0] - 0.7
+    results = json.loads((whole / "results.json").read_text())
+    model, tokenizer = lm.load_pretrained(whole / "export"), Tokenizer.load(whole / "export")
+
+    import equinox as eqx
+    import jax
+    import jax.numpy as jnp
+
+    from data.sources import open_source
+
+    log_probs = eqx.filter_jit(lambda model, tokens: jax.nn.log_softmax(model(tokens)))
+    seq, stride, nats, text_bytes = 64, 32, 0.0, 0
+    for document in open_source(str(folder / "corpus")).held_out:
+        tokens = np.array([tokenizer.bos_id, *tokenizer.encode(document["text"]), tokenizer.eos_id], np.int32)
+        text_bytes += len(document["text"].encode())
+        counted = 0
+        for begin in range(0, max(1, len(tokens) - 1 - (seq - stride)), stride):
+            window = tokens[begin : begin + seq + 1]
+            padded = np.pad(window, (0, seq + 1 - len(window)))
+            table = np.asarray(log_probs(model, jnp.asarray(padded[:-1])))
+            for place in range(counted - begin, len(window) - 1):
+                nats -= table[place, window[place + 1]]
+            counted = begin + len(window) - 1
+        assert counted == len(tokens) - 1
+    assert text_bytes == results["held_out_bytes"]
+    # The run measured with bf16 operands, this with fp32.
+    assert nats / np.log(2) / text_bytes == pytest.approx(results["bits_per_byte"], rel=2e-3)
+
+
+def test_killed_at_random_moments_it_resumes_to_the_identical_result(shared):
+    folder, arguments, _ = shared
+    run_folder = folder / "killed"
+    rng = random.Random(0)
+    kills = 0
+    while kills < 5:
+        resume = ["--resume"] if (run_folder / "config.json").exists() else []
+        process = start([*arguments, "--run-dir", run_folder, *resume], folder / "cache")
+        # Some are killed while they still read the corpus, others in the middle of a checkpoint.
+        target = rng.randrange(0, STEPS)
+        deadline = time.monotonic() + 120
+        metrics = run_folder / "metrics.jsonl"
+        while process.poll() is None and time.monotonic() < deadline:
+            done = metrics.read_text().count('"loss"') if metrics.exists() else 0
+            if (done >= target and done > 0) or (target == 0 and (run_folder / "config.json").exists()):
+                break
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.3)
+        if process.poll() is None:
+            process.kill()
+            kills += 1
+        output, _ = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), output
+        if process.returncode == 0:  # it was faster than the killer: begin again
+            import shutil
+
+            shutil.rmtree(run_folder)
+    status, output = run([*arguments, "--run-dir", run_folder, "--resume"], folder / "cache")
+    assert status == 0, output
+    assert losses(run_folder) == losses(folder / "whole")
+    one, other = (load_file(each / "export" / "model.safetensors") for each in (run_folder, folder / "whole"))
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_it_saves_and_says_how_to_go_on(shared, number):
+    folder, arguments, _ = shared
+    run_folder = folder / f"stopped-{number.name}"
+    process = start([*arguments, "--run-dir", run_folder, "--save-every", 1000], folder / "cache")
+    metrics = run_folder / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count('"loss"') >= 5):
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, output
+    assert f"--resume --run-dir {run_folder}" in output
+    status, output = run([*arguments, "--run-dir", run_folder, "--resume", "--save-every", 1000], folder / "cache")
+    assert status == 0, output
+    assert losses(run_folder) == losses(folder / "whole")
+    assert (run_folder / "export" / "model.safetensors").read_bytes() == (folder / "whole" / "export" / "model.safetensors").read_bytes()
+
+
+def test_another_seed_is_another_model(shared):
+    folder, arguments, _ = shared
+    status, output = run([*arguments, "--steps", 3, "--seed", 1, "--run-dir", folder / "seed"], folder / "cache")
+    assert status == 0, output
+    assert losses(folder / "seed")[0] != losses(folder / "whole")[0]
+
+
+def test_sample_continues_from_run_export_and_checkpoint(shared, tmp_path):
+    folder, _, _ = shared
+    arguments = ["--prompt", "import ", "--max-new-tokens", 12, "--temperature", 0]
+    texts = []
+    for source in (folder / "whole", folder / "whole" / "export"):
+        status, output = run([source, *arguments], folder / "cache", "sample")
+        assert status == 0, output
+        texts.append(output[output.index("import ") :].rsplit("\n[", 1)[0])
+    (tmp_path / "unfinished").mkdir()
+    for part in ("checkpoints", "tokenizer"):
+        (tmp_path / "unfinished" / part).symlink_to(folder / "whole" / part)
+    status, output = run([tmp_path / "unfinished", *arguments], folder / "cache", "sample")
+    assert status == 0, output
+    assert f"checkpoint of step {STEPS}" in output
+    texts.append(output[output.index("import ") :].rsplit("\n[", 1)[0])
+    assert len(set(texts)) == 1
+
+
+def test_resuming_another_experiment_is_refused(shared):
+    folder, arguments, _ = shared
+    status, output = run(
+        [*arguments, "--run-dir", folder / "whole", "--resume", "--d-ff", 56, "--optimizer.momentum", 0.9], folder / "cache"
+    )
+    assert status == 2
+    assert "--d-ff: the run has 48, asked for is 56" in output
+    assert "--optimizer.momentum: the run has 0.95, asked for is 0.9" in output
+
+
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(shared, tmp_path):
+    import shutil
+
+    folder, arguments, _ = shared
+    run_folder = tmp_path / "damaged"
+    shutil.copytree(folder / "whole", run_folder)
+    shutil.rmtree(run_folder / "export")
+    data = max((run_folder / "checkpoints" / str(STEPS) / "model").rglob("*"), key=lambda f: f.stat().st_size if f.is_file() else 0)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    status, output = run([*arguments, "--run-dir", run_folder, "--resume"], folder / "cache")
+    assert status == 0, output
+    assert f"step {STEPS}" in output
+    assert "damaged" in output.lower()
+    assert (run_folder / "export" / "model.safetensors").read_bytes() == (folder / "whole" / "export" / "model.safetensors").read_bytes()
+
+
+def test_a_mistake_leaves_with_status_2_and_words_but_no_traceback(shared, tmp_path):
+    folder, good, _ = shared
+    status, output = run([*good, "--run-dir", tmp_path / "run", "--data", tmp_path / "missing.txt"], folder / "cache")
+    assert status == 2, output
+    assert "missing.txt" in output
+    assert "Traceback" not in output

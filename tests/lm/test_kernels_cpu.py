@@ -1,0 +1,173 @@
+"""The `cpu` backend's attention computes the reference, and so do its gradients: blocks, windows, groups and packed rows."""
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from tiny import facts_of, packed_batch, tiny
+
+import lm
+from lm.flight import Flight, put_on_flight
+from lm.kernels_cpu import BLOCK
+
+HEAD_DIM, SCALE = 8, 0.3
+ROUNDING = 2e-6  # fp32, over the largest entry: sums of at most 300 terms, taken in another order; measured 6e-7
+CPU, REFERENCE = lm.BACKENDS["cpu"].attention, lm.REFERENCE.attention
+
+
+def packed_facts(seq, rows=(), padding=0):
+    """Two documents cut at another place in each row, then padding."""
+    segments, positions = np.zeros((*rows, seq), np.int32), np.zeros((*rows, seq), np.int32)
+    for i, row in enumerate(np.ndindex(*rows)):
+        cuts = [0, seq // 3 + i, seq - padding]
+        for document, (start, stop) in enumerate(zip(cuts[:-1], cuts[1:], strict=True), start=1):
+            segments[row][start:stop] = document
+            positions[row][start:stop] = np.arange(stop - start)
+    return lm.Facts(jnp.asarray(positions), jnp.asarray(segments))
+
+
+def inputs(seq, rows=(), heads=6, kv_heads=2, head_dim=HEAD_DIM, seed=0):
+    """q, k, v and the cotangent of the output."""
+    keys = jr.split(jr.key(seed), 4)
+    return [jr.normal(key, (*rows, h, seq, head_dim)) for key, h in zip(keys, (heads, kv_heads, kv_heads, heads), strict=True)]
+
+
+def value_and_gradients(attention, facts, arrays, window=None, dtype=jnp.float32):
+    """Output, dq, dk, dv. Nothing flows into padding, whose output means nothing."""
+    *qkv, cotangent = arrays
+    real = (facts.segments > 0)[..., None, :, None]
+
+    @jax.jit
+    def run(q, k, v):
+        out, pull = jax.vjp(lambda q, k, v: jnp.where(real, attention(q, k, v, facts, facts, SCALE, window), 0), q, k, v)
+        return out, *pull(cotangent.astype(dtype))
+
+    return [np.float32(x) for x in run(*(x.astype(dtype) for x in qkv))]
+
+
+def error(got, expected):
+    """Of each array, over the largest entry of the expected one, or over 1 where that is smaller: a window of 1 has dq = 0."""
+    return [float(np.abs(g - e).max() / max(1.0, np.abs(e).max())) for g, e in zip(got, expected, strict=True)]
+
+
+def assert_equals_reference(facts, arrays, window=None):
+    got, expected = (value_and_gradients(attention, facts, arrays, window) for attention in (CPU, REFERENCE))
+    assert max(error(got, expected)) < ROUNDING
+
+
+@pytest.mark.parametrize("seq", [1, 7, BLOCK, BLOCK + 1, 300])
+def test_equals_reference_at_any_length(seq):
+    rows = (2,) if seq > 1 else ()
+    assert_equals_reference(packed_facts(seq, rows, padding=seq // 5), inputs(seq, rows))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (4, 1)])
+def test_equals_reference_with_as_many_key_heads_and_with_one(heads, kv_heads):
+    assert_equals_reference(packed_facts(150, (2,), padding=11), inputs(150, (2,), heads, kv_heads))
+
+
+@pytest.mark.parametrize("window", [1, 50, BLOCK, BLOCK + 1, 200])
+def test_equals_reference_in_a_window(window):
+    one_document = lm.Facts(jnp.arange(300), jnp.ones(300, jnp.int32))
+    assert_equals_reference(one_document, inputs(300), window)
+
+
+def test_equals_reference_in_a_window_over_packed_rows():
+    assert_equals_reference(packed_facts(300, (2,), padding=13), inputs(300, (2,)), window=50)
+
+
+@pytest.mark.parametrize("rows", [(), (3,), (3, 2)])
+def test_any_leading_axes_do(rows):
+    assert_equals_reference(packed_facts(23, rows, padding=4), inputs(23, rows))
+
+
+def test_facts_of_one_row_serve_a_batch():
+    assert_equals_reference(packed_facts(23), inputs(23, (3,)))
+
+
+@pytest.mark.parametrize("head_dim", [1, 3])
+def test_tiny_heads_do(head_dim):
+    assert_equals_reference(packed_facts(131), inputs(131, head_dim=head_dim))
+
+
+def test_a_left_padded_prompt_equals_itself_alone():
+    """As in `generate`'s ragged prompts: padding stands before, has position 0, and positions count from the first real token."""
+    padding, seq = 9, 140
+    places = np.arange(seq) - padding
+    facts = lm.Facts(jnp.asarray(np.maximum(places, 0)), jnp.asarray((places >= 0).astype(np.int32)))
+    arrays = inputs(seq)
+    assert_equals_reference(facts, arrays, window=20)
+    alone = [x[:, padding:] for x in arrays]
+    got = value_and_gradients(CPU, facts, arrays)
+    expected = value_and_gradients(REFERENCE, lm.Facts(facts.positions[padding:], facts.segments[padding:]), alone)
+    assert max(error([x[:, padding:] for x in got], expected)) < ROUNDING
+    assert all(np.all(x[:, :padding] == 0) for x in got)  # neither seen nor sending gradients
+
+
+def test_padding_gives_finite_numbers():
+    facts, (q, k, v, _) = packed_facts(24, padding=7), inputs(24)
+    assert np.isfinite(CPU(q, k, v, facts, facts, SCALE)).all()
+
+
+@pytest.mark.parametrize("seq", [23, 300])
+@pytest.mark.parametrize("window", [None, 50])
+def test_bf16_is_no_worse_than_the_reference_in_bf16(seq, window):
+    facts, arrays = packed_facts(seq, (2,), padding=5), inputs(seq, (2,))
+    arrays = [x.astype(jnp.bfloat16).astype(jnp.float32) for x in arrays]  # numbers both precisions can hold
+    exact = value_and_gradients(REFERENCE, facts, arrays, window)
+    plain = error(value_and_gradients(REFERENCE, facts, arrays, window, jnp.bfloat16), exact)
+    fast = error(value_and_gradients(CPU, facts, arrays, window, jnp.bfloat16), exact)
+    assert min(plain) > 1e-4  # else this test compares nothing
+    assert all(f < 1.5 * p for f, p in zip(fast, plain, strict=True)), (fast, plain)
+
+
+def test_queries_looking_into_a_cache_go_by_the_reference():
+    _, k, v, _ = inputs(40)
+    q = inputs(3, seed=1)[0]
+    keys = lm.Facts(jnp.arange(40), jnp.where(jnp.arange(40) < 30, 1, -1))
+    queries = lm.Facts(jnp.arange(27, 30), jnp.ones(3, jnp.int32))
+    np.testing.assert_array_equal(CPU(q, k, v, queries, keys, SCALE), REFERENCE(q, k, v, queries, keys, SCALE))
+
+
+def largest_array(attention, window, seq=512):
+    """Entries of the largest array anywhere in the compiled gradient."""
+    facts, arrays = packed_facts(seq), inputs(seq)
+
+    def loss(q, k, v):
+        return jnp.sum(attention(q, k, v, facts, facts, SCALE, window) * arrays[3])
+
+    program = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arrays[:3]).compile().as_text()
+    return max(math.prod(map(int, shape.split(","))) for shape in re.findall(r"\w+\[([\d,]+)\]", program))
+
+
+def test_no_more_scores_are_made_than_a_block_of_queries_needs():
+    heads, seq = 6, 512
+    assert largest_array(REFERENCE, None) == heads * seq * seq
+    assert largest_array(CPU, None) == heads * BLOCK * seq
+    assert largest_array(CPU, 50) == heads * BLOCK * 2 * BLOCK  # its own block of keys and the one before
+
+
+def model_gradients(flight, ops):
+    model, batch = tiny("qwen3", n_layers=2), packed_batch(seq=BLOCK + 5)
+
+    def loss(model):
+        hidden, _, _ = put_on_flight(model, flight, ops).hidden(jnp.asarray(batch.tokens), facts_of(batch))
+        return jnp.sum(jnp.square(hidden) * batch.loss_weights[..., None])
+
+    return jax.tree.leaves(jax.jit(jax.grad(loss))(model))
+
+
+@pytest.fixture(scope="module")
+def reference_model_gradients():
+    return model_gradients(Flight(), lm.REFERENCE)
+
+
+@pytest.mark.parametrize(("layers", "remat"), [("scan", "none"), ("loop", "full"), ("scan", "full")])
+def test_gradients_are_those_of_the_reference_in_every_flight(layers, remat, reference_model_gradients):
+    got = model_gradients(Flight(layers=layers, remat=remat), lm.BACKENDS["cpu"])
+    for g, e in zip(got, reference_model_gradients, strict=True):
+        np.testing.assert_allclose(g, e, atol=2e-5 * float(jnp.abs(e).max()))

@@ -1,0 +1,115 @@
+"""What the command line makes of flags, presets, saved configs and mistakes."""
+
+import json
+
+import pytest
+
+from recipes import pretrain_small
+from recipes.command_line import parse
+from recipes.pretrain_small import PRESETS, Config, main
+
+
+def config_of(*argv) -> Config:
+    return parse(Config, PRESETS, "", default_preset="4m", recipe="pretrain_small", argv=list(map(str, argv)))
+
+
+def test_flags_win_over_presets_and_presets_over_defaults():
+    assert config_of().d_model == Config().d_model
+    assert config_of("--preset", "14m").d_model == PRESETS["14m"]["d_model"]
+    chosen = config_of("--preset", "14m", "--d-model", "192", "--optimizer.name", "adamw", "--no-resume")
+    assert (chosen.d_model, chosen.n_layers, chosen.optimizer.name) == (192, PRESETS["14m"]["n_layers"], "adamw")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_have_about_the_parameters_they_are_named_after(preset):
+    import equinox as eqx
+    import jax
+
+    import lm
+    from lm.hf import abstract
+
+    config = config_of("--preset", preset)
+    skeleton = abstract(lm.ARCHITECTURES["qwen3"].model.init, config.model_config_of(config.vocab))
+    millions = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(skeleton, lambda leaf: hasattr(leaf, "shape")))) / 1e6
+    assert millions == pytest.approx(float(preset.removesuffix("m")), rel=0.1)
+
+
+def test_a_saved_config_comes_back_and_only_resumable_fields_may_change(tmp_path, capsys):
+    started = config_of("--preset", "1m", "--seed", 3, "--steps", 7)
+    pretrain_small.save_config(started, tmp_path)
+    again = config_of("--resume", "--run-dir", tmp_path)
+    assert again.model_copy(update={"resume": False, "run_dir": None}) == started
+    assert config_of("--resume", "--run-dir", tmp_path, "--steps", 9, "--remat", "full").steps == 9
+    with pytest.raises(SystemExit) as left:
+        config_of("--resume", "--run-dir", tmp_path, "--seed", 4, "--schedule.peak", 0.1)
+    assert left.value.code == 2
+    words = capsys.readouterr().err
+    assert "--seed: the run has 3, asked for is 4" in words
+    assert "--schedule.peak: the run has 0.005, asked for is 0.1" in words
+    assert "--steps" in words.split("May differ:")[1]
+
+
+def test_resume_without_a_folder_takes_the_latest_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("pretrain_small-20260101-000000", 1), ("pretrain_small-20260202-000000", 2), ("other-20270101-000000", 3)):
+        pretrain_small.save_config(config_of("--seed", seed), tmp_path / "runs" / name)
+    assert config_of("--resume").seed == 2
+
+
+def test_a_saved_config_with_a_field_we_do_not_know_is_refused(tmp_path, capsys):
+    pretrain_small.save_config(config_of(), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"warp": 9}))
+    with pytest.raises(SystemExit):
+        config_of("--resume", "--run-dir", tmp_path)
+    assert "warp" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--n-kv-heads", "3"], r"n_heads \(4\) must be a multiple of n_kv_heads \(3\)"),
+        (["--d-model", "30"], r"d_model \(30\) must be a multiple of n_heads \(4\)"),
+        (["--batch", "6", "--step.micro-batches", "4"], "multiple of step.micro_batches"),
+        (["--vocab", "200"], "vocab"),
+        (["--optimzer.name", "adamw"], "optimzer"),
+        (["--preset", "5m"], "5m"),
+        (["--steps", "0"], "greater than or equal to 1"),
+        (["--steps", "many"], "many"),
+        (["--backend", "triton"], "reference, xla, cudnn, cpu"),
+        (["--resume", "--run-dir", "no/such/run"], "no/such/run"),
+        (["--schedule.peak"], "peak"),
+    ],
+    ids=" ".join,
+)
+def test_impossible_settings_are_refused_in_words(arguments, words, capsys):
+    import re
+
+    with pytest.raises(SystemExit) as left:
+        config_of(*arguments)
+    assert left.value.code == 2
+    printed = re.sub(r"[\s│]+", " ", "".join(capsys.readouterr()))  # frames and line breaks
+    assert re.search(words, printed), printed
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "empty"),
+        (b"caf\xe9\n" * 500, "offset 3"),
+        (b"one short line after another\n" * 12, "batch"),
+    ],
+    ids=["empty file", "invalid UTF-8", "smaller than one batch"],
+)
+def test_unusable_text_stops_before_training(content, words, tmp_path, monkeypatch):
+    monkeypatch.setenv("ZMAJ_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_bytes(content)
+    config = config_of("--preset", "1m", "--vocab", 270, "--data", tmp_path / "text.txt", "--run-dir", tmp_path / "run")
+    with pytest.raises(ValueError, match=words):
+        main(config)
+
+
+def test_a_run_folder_is_never_overwritten(tmp_path):
+    pretrain_small.save_config(config_of(), tmp_path)
+    with pytest.raises(ValueError, match="already holds a run: add --resume"):
+        main(config_of("--run-dir", tmp_path))
