@@ -147,7 +147,14 @@ BACKENDS: dict[str, Ops] = {
     "reference": REFERENCE,
     "xla": Ops("xla", attention=_jax_nn_attention("xla")),
     "cudnn": Ops("cudnn", attention=_jax_nn_attention("cudnn")),
-    "cpu": Ops("cpu", linear=kernels_cpu.linear, weight_gradient=kernels_cpu.weight_gradient, attention=_cpu_attention),
+    "cpu": Ops(
+        "cpu",
+        linear=kernels_cpu.linear,
+        weight_gradient=kernels_cpu.weight_gradient,
+        attention=_cpu_attention,
+        rms_norm=kernels_cpu.rms_norm,
+        rotate=kernels_cpu.rotate,
+    ),
 }
 
 Tree = TypeVar("Tree")

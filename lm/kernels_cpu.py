@@ -1,8 +1,8 @@
-"""What the `cpu` backend computes in its own way: linear maps and causal attention, each with a hand-written backward pass.
+"""What the `cpu` backend computes in its own way: linear maps, norm, rotation and causal attention, with hand-written backward passes.
 
 XLA's fast matrix products for processors want both operands in row-major order and, in bf16, an fp32 result. The products of a forward pass
 come so; those autodiff writes for the backward pass do not, and fall back to a kernel at a third of the speed. So both passes are written
-here in the form the fast products take. Nothing in this file is imported but by `lm.kernels`, which puts it in its table.
+here in the form the fast products take. `lm.kernels` puts them in its table, beside the reference each of them equals.
 """
 
 from functools import partial
@@ -17,8 +17,8 @@ BLOCK = 128  # queries, or keys, worked on at once: scores of a block stay near 
 
 
 def _rows(x: Array) -> Array:
-    """The same values, really laid out row by row. Without it XLA turns a transpose into a change of layout, and the product behind it misses the
-    fast kernels (fp32 at a quarter of the speed, or at run time "Unsupported element type for DotThunk")."""
+    """The same values, really laid out row by row. Without it XLA turns a transpose into a change of layout, and the product behind it
+    misses the fast kernels (fp32 at a quarter of the speed, or at run time "Unsupported element type for DotThunk")."""
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
@@ -99,8 +99,8 @@ def rotate(
     cos: Float[Array, "*batch seq head_dim"],
     sin: Float[Array, "*batch seq head_dim"],
 ) -> Float[Array, "*batch heads seq head_dim"]:
-    """The reference's rotation, with the minus sign moved from x into the small table: what is left of "rotate half" is a swap, which is its
-    own backward pass."""
+    """The reference's rotation, with the minus sign moved from x into the small table: what is left of "rotate half" is a swap, which is
+    its own backward pass."""
     first, second = jnp.split(sin, 2, axis=-1)
     signed = jnp.concatenate([-first, second], axis=-1)
     wide = x.astype(jnp.float32)
@@ -147,7 +147,10 @@ def attention(
         scale,
         window,
     )
-    return mixed.reshape(q.shape)
+    # The caller next lays the heads of a token side by side. Written out here and turned back in name only, that is one good copy; left to
+    # be fused with the reshape behind it, it is a slow loop, in both passes.
+    by_token = _rows(jnp.swapaxes(mixed.reshape(q.shape), -3, -2))
+    return jnp.swapaxes(by_token, -3, -2)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -161,14 +164,14 @@ def _blocked(
 ) -> Float[Array, "n group seq head_dim"]:
     """`attention` with all batch axes and key heads as one axis, n = rows · kv_heads.
 
-    Softmax is taken a block of queries at a time; the backward pass makes the scores again from q, k and one number a query, the logarithm of
-    its softmax's denominator (Dao et al. 2022, arXiv:2205.14135, algorithms 1 and 4). Unlike there, a block of queries takes all its keys
-    at once, so no running maximum is needed.
+    Softmax is taken a block of queries at a time; the backward pass makes the scores again from q, k and one number a query, the logarithm
+    of its softmax's denominator (FlashAttention: Dao et al. 2022, arXiv:2205.14135, appendix B). Unlike there, a block of queries takes all
+    its keys at once, so no running maximum is needed.
     """
     return _blocked_forward(q, k, v, segments, scale, window)[0]
 
 
-Saved = tuple[Array, Array, Array, Array, Array, Array]
+Saved = tuple[Array, Array, Array, Array, Array, Array]  # q, k, v, segments, output, log Σ exp(score) of each query
 
 
 def _blocked_forward(q: Array, k: Array, v: Array, segments: Array, scale: float, window: int | None) -> tuple[Array, Saved]:
@@ -201,7 +204,7 @@ def _blocked_backward(scale: float, window: int | None, saved: Saved, d_out: Arr
     """
     q, k, v, segments, out, log_sums = saved
     group, seq = q.shape[1:3]
-    # Σ P dP over a query's keys, which the softmax's denominator takes away from dP; equal to dO · O (eq. 4 there).
+    # Σ P dP over a query's keys, which the softmax's denominator takes away from dP; as in the paper, from dO · O.
     shift = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
     d_out = d_out.astype(v.dtype)
     dq = jnp.zeros(q.shape, jnp.float32)

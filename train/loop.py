@@ -47,21 +47,23 @@ def steps(
         state, device_metrics = step(state, batch, known["learning_rate"])
         pending.append((known, device_metrics))
         synchronous = index + 1 == stop or pause(index + 1)
-        arrived = []
-        while len(pending) > (0 if synchronous else 1):
-            metrics, now = _fetch(*pending.pop(0), clock)
-            arrived.append(metrics)
-            clock = now
+        kept = 0 if synchronous else 1
+        ready, pending = pending[: len(pending) - kept], pending[len(pending) - kept :]
+        arrived, clock = _fetch(ready, clock)
         yield index + 1, state, arrived
         if synchronous:
             clock = time.perf_counter()
 
 
-def _fetch(known: dict[str, float], device_metrics: Metrics, clock: float) -> tuple[dict[str, float], float]:
-    """Wait for a step's numbers. Its time is that since the last fetch: with steps back to back, one step."""
-    values = {name: np.asarray(value).item() for name, value in device_metrics.items()}
+def _fetch(ready: list[tuple[dict[str, float], Metrics]], clock: float) -> tuple[list[dict[str, float]], float]:
+    """Wait for the numbers of some steps. Their time is that since the last fetch, shared evenly: with steps back to back, that of a
+    step."""
+    values = [known | {name: np.asarray(value).item() for name, value in metrics.items()} for known, metrics in ready]
+    if not values:
+        return [], clock
     now = time.perf_counter()
-    return known | values | {"step_s": now - clock, "tokens_per_s": values["tokens"] / (now - clock)}, now
+    step_s = (now - clock) / len(values)
+    return [each | {"step_s": step_s, "tokens_per_s": each["tokens"] / step_s} for each in values], now
 
 
 def nats_by_document(

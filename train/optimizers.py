@@ -80,8 +80,8 @@ def scale_by_muon(momentum: float = 0.95, steps: int = 5) -> optax.GradientTrans
             by_shape.setdefault((min(leaf.shape), max(leaf.shape)), []).append(i)
         for (_, longer), members in by_shape.items():
             wide = [leaves[i] if leaves[i].shape[0] <= leaves[i].shape[1] else leaves[i].T for i in members]
-            # In memory as written: a transpose that XLA turns into a change of layout leaves the products of a lone tall matrix without a bf16
-            # kernel on a CPU ("Unsupported element type for DotThunk", at run time).
+            # Really laid out so: XLA else turns the transpose of a lone tall matrix into a change of layout, for which a CPU has no bf16
+            # product ("Unsupported element type for DotThunk", at run time).
             stacked = with_layout_constraint(jnp.stack(wide), Layout((0, 1, 2)))
             directions = 0.2 * math.sqrt(longer) * orthogonalise(stacked, steps)
             for i, direction in zip(members, directions, strict=True):

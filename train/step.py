@@ -96,7 +96,7 @@ def make_step(optimizer: optax.GradientTransformation, config: StepConfig, fligh
         state = TrainState(changing.trainable, frozen, changing.optimizer, changing.step, changing.skipped)
         sums, loss = gradient_of(state, batch, jr.fold_in(dropout_key, state.step))
         count = jnp.maximum(loss.count, 1.0)
-        norm = optax.global_norm(sums) / count
+        norm = optax.tree.norm(sums) / count
         scale = jnp.minimum(1.0, config.clip_norm / (norm + 1e-6)) / count
         gradients = jax.tree.map(lambda g: g * scale, sums)
 

@@ -9,7 +9,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 # A model of a few thousand parameters whose runs still go through every stage.
-SMALL = "--preset 1m --vocab 400 --d-model 32 --n-layers 2 --d-ff 48 --seq 64 --batch 4 --validate-rows 8 --report-samples 3".split()
+SMALL = [
+    *("--preset", "1m", "--vocab", "400", "--d-model", "32", "--n-layers", "2", "--d-ff", "48"),
+    *("--seq", "64", "--batch", "4", "--validate-rows", "8", "--report-samples", "3"),
+]
 
 
 def environment(cache: Path) -> dict[str, str]:
