@@ -39,6 +39,7 @@ def steps(
     """
     iterator = iter(batches)
     pending: list[tuple[dict[str, float], Metrics]] = []
+    skipped: float = int(state.skipped)
     clock = time.perf_counter()
     for index in range(start, stop):
         asked = time.perf_counter()
@@ -50,6 +51,10 @@ def steps(
         kept = 0 if synchronous else 1
         ready, pending = pending[: len(pending) - kept], pending[len(pending) - kept :]
         arrived, clock = _fetch(ready, clock)
+        for metrics in arrived:
+            if metrics["skipped"] > skipped:
+                skipped = metrics["skipped"]
+                logger.warning(f"step {metrics['step']}: loss or gradient is not finite; nothing was changed (step {skipped} of this kind)")
         yield index + 1, state, arrived
         if synchronous:
             clock = time.perf_counter()
