@@ -502,6 +502,8 @@ def show(results: dict[str, Any], folder: Path, samples: list[dict[str, Any]]) -
     console.print(
         f"{results['tokens_per_s']:,.0f} tokens/s" + (f", MFU {share:.1%}" if share is not None else ", peak of this device not known")
     )
+    if results.get("samples_drawn") and not results["samples"]:
+        console.print(f"none of the {results['samples_drawn']} samples drawn reached {SAMPLE_CHARACTERS} characters, so none is judged")
     if "samples_that_parse" in results:
         console.print(
             f"{results['samples_that_parse']:.0%} of {results['samples']} samples parse as Python; of real text cut alike "
