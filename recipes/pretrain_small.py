@@ -46,7 +46,7 @@ from lm.generate import Sampler
 from lm.models.qwen3 import Qwen3Config
 from recipes.command_line import CONFIG_FILE, fail, parse, resumable
 from train.checkpoint import CheckpointError, Checkpoints
-from train.logs import RunLog, mfu, model_flops_per_token, plain_messages, plot_curves, read_metrics, write_json
+from train.logs import RunLog, mfu, model_flops_per_token, plain_messages, plot_curves, progress, read_metrics, write_json
 from train.loop import bits_per_byte, interruptible, nats_by_document, steps
 from train.optimizers import OptimizerConfig, ScheduleConfig, build_optimizer, learning_rate
 from train.publish import export
@@ -323,6 +323,7 @@ def train_or_load_tokenizer(config: Config, source: Source, folder: Path) -> Tok
     """Trained once a run, on the training documents alone."""
     if (folder / "tokenizer.json").exists():
         return Tokenizer.load(folder)
+    logger.info(f"training a tokenizer of {config.vocab:,} tokens")
     tokenizer = Tokenizer.train((document["text"] for document in source.train), config.vocab)
     tokenizer.save(folder, model_max_length=config.seq)
     return tokenizer
@@ -330,8 +331,11 @@ def train_or_load_tokenizer(config: Config, source: Source, folder: Path) -> Tok
 
 def encode(documents: Any, tokenizer: Tokenizer, source: Source, split: str) -> TokenCache:
     """Encoded once a tokenizer and corpus, on disk, for all runs."""
-    folder = cache_root() / "tokens"
-    return TokenCache.build_or_open(documents, tokenizer, folder, source_digest=source.record["sha256"], split=split)
+    folder, digest = cache_root() / "tokens", source.record["sha256"]
+    with progress(f"encoding {split} documents", len(documents)) as told:
+        return TokenCache.build_or_open(
+            documents, tokenizer, folder, source_digest=digest, split=split, on_progress=lambda done, _: told(done)
+        )
 
 
 # ------------------------------------------------------------------------------------------- how to run
@@ -445,7 +449,8 @@ def measure(config: Config, folder: Path, model: Any, token_nats: Any, source: S
     logger.info("measuring on all held-out text")
     # Half a row of context for each token, where its document has that much before it.
     batches = evaluation_batches(held_out, batch=2 * config.batch, seq=config.seq, stride=config.seq // 2)
-    nats, tokens = nats_by_document(token_nats, model, batches)
+    with progress("held-out batches", len(batches)) as told:
+        nats, tokens = nats_by_document(token_nats, model, batches, told)
     assert sum(tokens.values()) == held_out.total_tokens - len(held_out), "every token but each document's BOS is predicted, once"
 
     everything = range(len(held_out))
