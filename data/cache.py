@@ -41,7 +41,7 @@ class TokenCache:
         self.tokens = np.memmap(folder / "tokens.bin", self.record["dtype"], mode="r")
         self.offsets = np.fromfile(folder / "offsets.bin", "<i8")
         self.text_bytes = np.fromfile(folder / "text_bytes.bin", "<i8")  # per document
-        self.names: list[str] = json.loads((folder / "names.json").read_text())  # per document
+        self.names: list[str] = json.loads((folder / "names.json").read_text(encoding="utf-8"))  # per document
         documents, total = self.record["documents"], self.record["tokens"]
         sizes = len(self.offsets) - 1, len(self.text_bytes), len(self.names), len(self.tokens)
         if sizes != (documents, documents, documents, total):
@@ -180,7 +180,7 @@ def _encode(
                 on_progress(len(names), len(documents))
     (folder / "offsets.bin").write_bytes(np.cumsum([0, *lengths], dtype="<i8").tobytes())
     (folder / "text_bytes.bin").write_bytes(np.asarray(text_bytes, "<i8").tobytes())
-    (folder / "names.json").write_text(json.dumps(names))
+    (folder / "names.json").write_text(json.dumps(names), encoding="utf-8")
     return {
         "documents": len(names),
         "tokens": sum(lengths),
@@ -206,20 +206,20 @@ def _batches(documents: grain.MapDataset) -> Iterator[list[dict[str, str]]]:
 
 def _write_record(folder: Path, record: dict[str, Any]) -> None:
     record["sizes"] = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
-    (folder / "record.json").write_text(json.dumps(record, indent=2) + "\n")
+    (folder / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     summed = [file for file in sorted(folder.iterdir()) if file.stat().st_size < SUMMED_BELOW]
-    (folder / "SHA256SUMS").write_text("".join(f"{_sha256(file)}  {file.name}\n" for file in summed))
+    (folder / "SHA256SUMS").write_text("".join(f"{_sha256(file)}  {file.name}\n" for file in summed), encoding="utf-8")
 
 
 def _checked_record(folder: Path) -> dict[str, Any]:
     """The record of a cache whose files all have the sizes and sums they were written with."""
-    sums = dict(line.split("  ")[::-1] for line in (folder / "SHA256SUMS").read_text().splitlines())
+    sums = dict(line.split("  ")[::-1] for line in (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines())
     for name, expected in sums.items():
         if _sha256(folder / name) != expected:
             raise ValueError(f"{name} is not what was written (its SHA-256 differs)")
     if "record.json" not in sums:
         raise ValueError("SHA256SUMS has no line for record.json")
-    record = json.loads((folder / "record.json").read_text())
+    record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
     for name, size in record["sizes"].items():
         if (found := (folder / name).stat().st_size) != size:
             raise ValueError(f"{name} has {found} bytes where {size} were written")

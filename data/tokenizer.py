@@ -135,9 +135,11 @@ class Tokenizer:
             config["model_max_length"] = model_max_length
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.json").write_text(self._core.to_str(pretty=True), encoding="utf-8")
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        # Each written beside its place and renamed, tokenizer.json last: where it is, both are whole.
+        for name, content in (("tokenizer_config.json", text), ("tokenizer.json", self._core.to_str(pretty=True))):
+            (folder / f".{name}").write_text(content, encoding="utf-8")
+            (folder / f".{name}").replace(folder / name)
 
     def encode(self, text: str) -> np.ndarray:
         """The ids (int32) of plain text: nothing is added, and `<|user|>` inside it is ordinary characters, never the

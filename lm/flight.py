@@ -27,7 +27,7 @@ REMAT_POLICIES = {
 
 
 class Flight(BaseModel, frozen=True, extra="forbid"):
-    """How a forward and backward pass is carried out; changes speed and memory, never the result."""
+    """How a pass is carried out. `layers` and `remat` change speed and memory, never the result; `dtype` also rounds."""
 
     layers: Literal["loop", "scan"] = "loop"  # scan compiles faster at depth and needs less memory; the loop runs faster on a CPU
     remat: Literal["none", "dots", "full"] = "none"  # what the backward pass recomputes instead of keeping

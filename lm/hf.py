@@ -148,7 +148,7 @@ def save_folder(
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     stored = str(next(iter(tensors.values())).dtype)
     config = model.config.to_hf() | {"dtype": stored} | dict(extra_config or {})
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _open(file: Path) -> Any:
@@ -161,7 +161,7 @@ def _open(file: Path) -> Any:
 def _files_of(folder: Path) -> dict[str, Path]:
     """Which file holds which tensor."""
     if (folder / INDEX_FILE).is_file():
-        weight_map = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
+        weight_map = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
         return {key: folder / name for key, name in weight_map.items()}
     if not (folder / WEIGHTS_FILE).is_file():
         raise FileNotFoundError(f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}")

@@ -5,18 +5,41 @@ saved config of the run takes the place of the defaults, and only fields marked 
 """
 
 import argparse
+import fcntl
 import json
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import tyro
+from loguru import logger
 from pydantic import BaseModel, Field, ValidationError
 
 CONFIG_FILE = "config.json"
 
 AnyConfig = TypeVar("AnyConfig", bound=BaseModel)
+
+
+class RecipeConfig(BaseModel, frozen=True, extra="forbid"):
+    """A config whose mistakes read as sentences, a line each, instead of pydantic's report."""
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError(in_words(error)) from None
+
+
+def in_words(error: ValidationError) -> str:
+    """What pydantic found, a line each: the flag, what was expected, what came."""
+    lines = []
+    for each in error.errors(include_url=False):
+        message = each["msg"].removeprefix("Value error, ")
+        lines.append(f"--{_flag(each['loc'])}: {message} (got {each['input']!r})" if each["loc"] else message)
+    return "\n".join(lines)
 
 
 def resumable(default: Any, **options: Any) -> Any:
@@ -61,7 +84,7 @@ def parse(
         check_resumed(saved, wanted)
         return wanted
     except ValidationError as error:
-        fail("\n".join(f"--{_flag(each['loc'])}: {each['msg']} (got {each['input']!r})" for each in error.errors()))
+        fail(in_words(error))
     except (ValueError, FileNotFoundError) as error:
         fail(str(error))
 
@@ -77,7 +100,7 @@ def load_config(kind: type[AnyConfig], folder: Path) -> AnyConfig:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: {folder} is no run that could be resumed. Leave out --resume to start one there")
-    return kind.model_validate(json.loads(path.read_text()))
+    return kind.model_validate(json.loads(path.read_text(encoding="utf-8")))
 
 
 def latest_run(root: Path, recipe: str) -> Path:
@@ -86,6 +109,43 @@ def latest_run(root: Path, recipe: str) -> Path:
     if not runs:
         raise FileNotFoundError(f"no run of {recipe} in {root}/ to resume: name one with --run-dir DIR, or leave out --resume")
     return runs[-1]
+
+
+@contextmanager
+def claimed(folder: Path, recipe: str) -> Iterator[None]:
+    """Have the run folder for this process alone, and leave it in words: inside, Ctrl-C and SIGTERM end the process with how to go on.
+
+    **Raises:** `ValueError` if another process is at work there.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; a run needs a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with the process, however it ends
+    except BlockingIOError:
+        raise ValueError(f"another process is at work in {folder}: wait for it, or choose another --run-dir") from None
+    status = 128 + signal.SIGINT
+
+    def terminate(number: int, frame: Any) -> NoReturn:
+        nonlocal status
+        status = 128 + number
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt:
+        begun = (folder / CONFIG_FILE).exists()
+        logger.warning(f"stopped. Go on with:\n  {how_to_resume(folder, recipe)}" if begun else "stopped before anything was begun")
+        raise SystemExit(status) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        lock.close()
+
+
+def how_to_resume(folder: Path, recipe: str) -> str:
+    return f"python -m recipes.{recipe} --resume --run-dir {folder}"
 
 
 def check_resumed(saved: BaseModel, wanted: BaseModel) -> None:

@@ -1,5 +1,6 @@
 """A model and its tokenizer, from any folder this project writes: a run, or a Hugging Face export."""
 
+import json
 from pathlib import Path
 
 import equinox as eqx
@@ -20,16 +21,29 @@ def load(folder: Path) -> tuple[AbstractLM, Tokenizer, str]:
     """
     if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
         return load_pretrained(folder), Tokenizer.load(folder), f"{folder}"
-    if (folder / "export").is_dir():
-        return load(folder / "export")
     if not (folder / "checkpoints").is_dir():
+        if (folder / "export").is_dir():
+            return load(folder / "export")
         raise ValueError(
             f"{folder} is no run and no model: expected a folder with model.safetensors, or one with checkpoints/"
             + ("" if folder.exists() else " (it does not exist)")
         )
+    if exported_step(folder) == newest_step(folder):
+        return load(folder / "export")
     record = read_record(folder / "checkpoints")
     architecture = ARCHITECTURES[record["model_type"]]
     skeleton = abstract(architecture.model.init, architecture.config(**record["model"]))
     with Checkpoints(folder / "checkpoints") as checkpoints:
         found = checkpoints.restore({"model": eqx.filter(skeleton, lambda leaf: hasattr(leaf, "shape"))})
     return found.items["model"], Tokenizer.load(folder / "tokenizer"), f"{folder}, checkpoint of step {found.step}"
+
+
+def exported_step(run: Path) -> int | None:
+    """The step of a run's export; `None` where there is none (`results.json` is written after it)."""
+    results = run / "results.json"
+    return json.loads(results.read_text(encoding="utf-8"))["steps"] if results.is_file() and (run / "export").is_dir() else None
+
+
+def newest_step(run: Path) -> int | None:
+    """The step of a run's newest checkpoint."""
+    return max((int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()), default=None)

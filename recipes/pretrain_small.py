@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from loguru import logger
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 from rich.console import Console
 from rich.table import Table
 
@@ -44,12 +44,12 @@ from data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from lm.flight import Flight
 from lm.generate import Sampler
 from lm.models.qwen3 import Qwen3Config
-from recipes.command_line import CONFIG_FILE, fail, parse, resumable
+from recipes.command_line import CONFIG_FILE, RecipeConfig, claimed, fail, how_to_resume, load_config, parse, resumable
 from train.checkpoint import CheckpointError, Checkpoints
-from train.logs import RunLog, mfu, model_flops_per_token, plain_messages, plot_curves, progress, read_metrics, write_json
+from train.logs import RunLog, mfu, model_flops_per_token, plain_messages, plot_curves, progress, read_metrics, words_kept, write_json
 from train.loop import bits_per_byte, interruptible, nats_by_document, steps
 from train.optimizers import OptimizerConfig, ScheduleConfig, build_optimizer, learning_rate
-from train.publish import export
+from train.publish import YARDSTICKS, export
 from train.runtime import (
     DeviceError,
     cache_root,
@@ -65,7 +65,7 @@ from train.step import StepConfig, TrainState, init_state, make_step, make_token
 # ------------------------------------------------------------------------------------------- config
 
 
-class Config(BaseModel, frozen=True, extra="forbid"):
+class Config(RecipeConfig):
     """Everything that makes the run what it is. Presets set the sizes."""
 
     preset: Literal["1m", "4m", "14m", "30m", "60m"] = Field("4m", description="sizes of model and batch, by parameter count")
@@ -93,7 +93,10 @@ class Config(BaseModel, frozen=True, extra="forbid"):
     resume: bool = resumable(False, description="go on where the run in --run-dir (or the latest one) stopped")
     device: Literal["auto", "cpu", "gpu", "tpu"] = resumable("auto", description="where to compute")
     backend: str = resumable("auto", description="kernels: auto (cpu on a CPU with bf16, else xla) or one of " + ", ".join(lm.BACKENDS))
-    dtype: Literal["auto", "float32", "bfloat16"] = resumable("auto", description="operands of matrix products; masters stay float32")
+    dtype: Literal["auto", "float32", "bfloat16"] = resumable(
+        "auto",
+        description="operands of matrix products; masters stay float32. float32 on a GPU or TPU means its default: TF32, or bf16 passes",
+    )
     layers: Literal["auto", "loop", "scan"] = resumable("auto", description="blocks one by one or as a scan; auto: scan above 12 layers")
     remat: Literal["none", "dots", "full"] = resumable("none", description="what the backward pass recomputes to save memory")
     save_every: int = resumable(200, ge=1, description="steps between checkpoints")
@@ -145,13 +148,22 @@ PRESETS: dict[str, dict[str, Any]] = {
 def main(config: Config) -> Path:
     """The whole experiment. Returns the run folder."""
     plain_messages()
+    folder = config.run_dir or Path("runs") / f"pretrain_small-{datetime.now():%Y%m%d-%H%M%S}"
+    with claimed(folder, "pretrain_small"), words_kept(folder):
+        run(config, folder)
+    return folder
+
+
+def run(config: Config, folder: Path) -> None:
+    """Corpus, tokenizer, model, loop, report, in this order."""
     device = choose_device(config.device)
+    ops, flight = choose_flight(config, device)
     compilation_cache()
-    folder = open_run(config)
+    check_folder(config, folder)
 
     # Corpus, tokenizer, tokens on disk.
     source = open_source(config.data, on_invalid_utf8=config.on_invalid_utf8)
-    logger.info(describe_source(source))
+    describe_source(source)
     tokenizer = train_or_load_tokenizer(config, source, folder / "tokenizer")
     train_tokens = encode(source.train, tokenizer, source, "train")
     held_out = encode(source.held_out, tokenizer, source, "held_out")
@@ -160,10 +172,11 @@ def main(config: Config) -> Path:
     rows = PackedRows(train_tokens, seq=config.seq, seed=config.seed)
     packing = {"batch": config.batch, "seq": config.seq, "seed": config.seed}
     first_batch = batch_at(train_tokens, 0, **packing)  # a corpus too small for one stops here
+    if not config.resume:
+        save_config(config, folder)  # from here on there is a run to resume
 
     # Model, optimizer, step.
     model_config = config.model_config_of(tokenizer.vocab_size)
-    ops, flight = choose_flight(config, device)
     optimizer = build_optimizer(config.optimizer)
     model_key, dropout_key = jr.split(jr.key(config.seed))
 
@@ -188,11 +201,12 @@ def main(config: Config) -> Path:
         )
         save_config(config, folder)
     assert config.steps is not None
-    rate = learning_rate(config.schedule, config.steps)
 
-    # What the run is made of, for the record.
+    # What the run is made of, for the record, and what this process runs it with.
     peak = peak_flops(device)
     flops = model_flops_per_token(n_params, config.n_layers, config.d_model, config.seq)
+    ran_with = {"kernels": ops.name, **flight.model_dump(), **process_settings()}
+    session = {"ran_with": ran_with, "device": device_facts(device), "peak": {"flops_per_s": peak.flops_per_s, "source": peak.source}}
     manifest = {
         "corpus": source.record,
         "tokenizer": {"digest": tokenizer.digest, "vocab": tokenizer.vocab_size, "bytes_per_token_held_out": bytes_per_token},
@@ -201,22 +215,18 @@ def main(config: Config) -> Path:
         "steps": config.steps,
         "tokens": config.steps * config.batch * config.seq,
         "seed": config.seed,
-        "ran_with": {"kernels": ops.name, **flight.model_dump(), **process_settings()},
-        "device": device_facts(device),
-        "peak": {"flops_per_s": peak.flops_per_s, "source": peak.source},
-        "commit": commit(),
-        "command": ["python", "-m", "recipes.pretrain_small", *sys.argv[1:]],
     }
-    write_json(folder / "manifest.json", manifest)
     identity = {"corpus": source.record["sha256"], "tokenizer": tokenizer.digest}
 
     # The loop.
+    rate = learning_rate(config.schedule, config.steps)
     validation = list(evaluation_batches(held_out, batch=config.batch, seq=config.seq, stride=config.seq, max_rows=config.validate_rows))
     prompts = heads(source, tokenizer, config)
     with Checkpoints(folder / "checkpoints", keep_latest=config.keep_latest) as checkpoints:
-        state, start, record = restore(checkpoints, abstract, identity) or (fresh_state(), 0, {"train_s": 0.0, "val_loss": None})
+        state, start, record = restore(checkpoints, abstract, identity, config.steps) or (fresh_state(), 0, {"train_s": 0.0})
+        manifest["sessions"] = begin_session(folder, config, start, session)
+        write_json(folder / "manifest.json", manifest)
         begin = time.monotonic() - record["train_s"]
-        val_loss = record["val_loss"]
         with (
             RunLog(folder, total_steps=config.steps, start_step=start + 1) as log,
             train_batches(train_tokens, **packing, start_step=start, stop_step=config.steps) as batches,
@@ -234,6 +244,7 @@ def main(config: Config) -> Path:
                     share = mfu(metrics["tokens_per_s"], flops, peak.flops_per_s)
                     memory = memory_in_use()["peak_bytes"]
                     log.log(**metrics, mfu=share, epoch=epoch, peak_memory_bytes=memory)  # type: ignore[arg-type]
+                val_loss = None  # of these very weights, or not known
                 if done % config.validate_every == 0 or done == config.steps:
                     nats, tokens = nats_by_document(token_nats, state.model, validation)
                     val_loss = sum(nats.values()) / sum(tokens.values())
@@ -245,9 +256,9 @@ def main(config: Config) -> Path:
                     record |= {"model_type": model_config.model_type, "model": model_config.model_dump()}
                     items = {"model": state.trainable, "optimizer": {"state": state.optimizer, "skipped": state.skipped}}
                     checkpoints.save(done, items, record, metric=val_loss)
-                if interrupt.due(done) and done < config.steps:
+                if interrupt.due(done):
                     checkpoints.wait()
-                    resume = f"python -m recipes.pretrain_small --resume --run-dir {folder}"
+                    resume = how_to_resume(folder, "pretrain_small")
                     log.message(f"stopped at step {done} of {config.steps}, everything saved. Go on with:\n  {resume}")
                     raise SystemExit(interrupt.exit_status)
 
@@ -255,26 +266,28 @@ def main(config: Config) -> Path:
     results = measure(config, folder, state.model, token_nats, source, held_out)
     speeds = [line["tokens_per_s"] for line in read_metrics(folder / "metrics.jsonl") if "tokens_per_s" in line]
     speed = float(np.median(speeds))
-    results |= {"steps": config.steps, "skipped": int(state.skipped), "tokens_per_s": speed, "mfu": mfu(speed, flops, peak.flops_per_s)}
+    results |= {"steps": config.steps, "skipped": int(state.skipped), "train_s": record["train_s"]}
+    results |= {"tokens_per_s": speed, "mfu": mfu(speed, flops, peak.flops_per_s)}
     samples = judge_samples(config, folder, state.model, tokenizer, prompts, source, results)
-    write_json(folder / "results.json", results)
     export(state.model, tokenizer, folder / "export", manifest=manifest, results=results)
+    write_json(folder / "results.json", results)
     show(results, folder, samples)
-    return folder
 
 
 # ------------------------------------------------------------------------------------------- the run folder
 
 
-def open_run(config: Config) -> Path:
-    """The folder of the run, new or resumed, with the config in it."""
-    folder = config.run_dir or Path("runs") / f"pretrain_small-{datetime.now():%Y%m%d-%H%M%S}"
-    if not config.resume:
-        if (folder / CONFIG_FILE).exists():
-            raise ValueError(f"{folder} already holds a run: add --resume to go on with it, or choose another --run-dir")
-        save_config(config, folder)
+def check_folder(config: Config, folder: Path) -> None:
+    """A new run needs a folder of its own."""
     logger.info(f"run folder: {folder}")
-    return folder
+    if config.resume:
+        return
+    if (folder / CONFIG_FILE).exists():
+        raise ValueError(f"{folder} already holds a run: add --resume to go on with it, or choose another --run-dir")
+    left_by_a_start_that_failed = {".lock", "run.log", "tokenizer"}
+    others = sorted({path.name for path in folder.iterdir()} - left_by_a_start_that_failed)
+    if others:
+        raise ValueError(f"{folder} is no run, and not empty (it has {', '.join(others[:3])} …): choose another --run-dir")
 
 
 def save_config(config: Config, folder: Path) -> None:
@@ -282,7 +295,9 @@ def save_config(config: Config, folder: Path) -> None:
     write_json(folder / CONFIG_FILE, config.model_dump(mode="json", exclude={"resume", "run_dir"}))
 
 
-def restore(checkpoints: Checkpoints, abstract: TrainState, identity: dict[str, str]) -> tuple[TrainState, int, dict[str, Any]] | None:
+def restore(
+    checkpoints: Checkpoints, abstract: TrainState, identity: dict[str, str], total_steps: int
+) -> tuple[TrainState, int, dict[str, Any]] | None:
     """The state of the last checkpoint, the steps done, and its record; `None` where there is none yet."""
     if not checkpoints.steps():
         return None
@@ -293,10 +308,32 @@ def restore(checkpoints: Checkpoints, abstract: TrainState, identity: dict[str, 
             f"this run was trained on corpus and tokenizer {found.record['identity']}; now they are {identity}. "
             "The text has changed since (another Python? edited files?): bring it back, or start a new run"
         )
-    logger.info(f"going on after step {found.step}")
+    if found.step > total_steps:
+        raise ValueError(f"the run has done {found.step} steps already; --steps {total_steps} would be fewer")
+    complete = found.step == total_steps
+    logger.info("training is complete: only the report is made again" if complete else f"going on after step {found.step}")
     optimizer = found.items["optimizer"]
     step = jnp.asarray(found.step, jnp.int32)
     return TrainState(found.items["model"], abstract.frozen, optimizer["state"], step, optimizer["skipped"]), found.step, found.record
+
+
+def begin_session(folder: Path, config: Config, start: int, session: dict[str, Any]) -> list[dict[str, Any]]:
+    """The processes that worked on this run, this one added. What differs from the last one and changes the numbers is said."""
+    written = folder / "manifest.json"
+    earlier = json.loads(written.read_text(encoding="utf-8"))["sessions"] if config.resume and written.exists() else []
+    saved = load_config(Config, folder)
+    if start and saved.steps != config.steps:
+        logger.warning(
+            f"the run now has {config.steps} steps instead of {saved.steps}: the learning rate follows the new schedule from here"
+        )
+    for name in ("ran_with", "device"):
+        if earlier and earlier[-1][name] != session[name]:
+            old, new = earlier[-1][name], session[name]
+            changed = [f"{key} {old.get(key)} → {new.get(key)}" for key in new if old.get(key) != new.get(key)]
+            logger.warning(f"not the same {name} as before, so not bit for bit the same run: {'; '.join(changed)}")
+    save_config(config, folder)
+    command = ["python", "-m", "recipes.pretrain_small", *sys.argv[1:]]
+    return [*earlier, {"start_step": start, "command": command, "commit": commit(), **session}]
 
 
 def commit() -> str | None:
@@ -311,17 +348,25 @@ def commit() -> str | None:
 # ------------------------------------------------------------------------------------------- data
 
 
-def describe_source(source: Source) -> str:
+def describe_source(source: Source) -> None:
+    """Say what is trained on, what is held out and by which rule, and what was left out."""
     record = source.record
-    return (
+    logger.info(
         f"corpus {source.name}: {record['train_documents']:,} documents, {record['train_bytes']:,} bytes to train on; "
-        f"{record['held_out_documents']:,} documents, {record['held_out_bytes']:,} bytes held out"
+        f"{record['held_out_documents']:,} documents, {record['held_out_bytes']:,} bytes held out ({record['held_out_rule']})"
     )
+    counts = {name.replace("_", " "): record.get(name, 0) for name in LEFT_OUT}
+    counts |= record["left_out"] if isinstance(record.get("left_out"), dict) else {}
+    if any(counts.values()):
+        logger.info("left out or changed: " + ", ".join(f"{count:,} {what}" for what, count in counts.items() if count))
+
+
+LEFT_OUT = ("empty_documents", "blank_lines", "invalid_documents_skipped", "invalid_documents_replaced", "characters_replaced")
 
 
 def train_or_load_tokenizer(config: Config, source: Source, folder: Path) -> Tokenizer:
     """Trained once a run, on the training documents alone."""
-    if (folder / "tokenizer.json").exists():
+    if config.resume:
         return Tokenizer.load(folder)
     logger.info(f"training a tokenizer of {config.vocab:,} tokens")
     tokenizer = Tokenizer.train((document["text"] for document in source.train), config.vocab)
@@ -342,10 +387,17 @@ def encode(documents: Any, tokenizer: Tokenizer, source: Source, split: str) -> 
 
 
 def choose_flight(config: Config, device: jax.Device) -> tuple[lm.Ops, Flight]:
-    """Kernels, dtype and layer loop for this device, unless the user named them. What is chosen is printed and recorded."""
+    """Kernels, dtype and layer loop for this device, unless the user named them. What is chosen is printed and recorded.
+
+    auto: on a CPU with bf16 instructions our kernels in bf16, on another CPU plain JAX in fp32; elsewhere JAX's own attention in bf16.
+    """
     on_cpu = device.platform == "cpu"
-    bf16 = not on_cpu or "avx512_bf16" in device_facts(device).get("cpu_flags", [])
+    bf16 = not on_cpu or "avx512_bf16" in device_facts(device)["cpu_flags"]
     backend = config.backend if config.backend != "auto" else "cpu" if on_cpu and bf16 else "reference" if on_cpu else "xla"
+    needs = {"cpu": "cpu", "cudnn": "gpu"}.get(backend, device.platform)
+    if needs != device.platform:
+        others = ", ".join(name for name in lm.BACKENDS if name not in ("cpu", "cudnn"))
+        raise ValueError(f"--backend {backend} runs on a {needs}, and this is a {device.platform}: leave it out, or take one of {others}")
     dtype = config.dtype if config.dtype != "auto" else "bfloat16" if bf16 else "float32"
     layers = config.layers if config.layers != "auto" else "scan" if config.n_layers > 12 else "loop"
     return lm.BACKENDS[backend], Flight(layers=layers, remat=config.remat, dtype=dtype)
@@ -431,17 +483,28 @@ def real_samples(samples: list[dict[str, Any]], source: Source) -> list[dict[str
 # ------------------------------------------------------------------------------------------- report
 
 
+XZ_WINDOW = 64 << 20  # bytes that xz -9 looks back; a larger text is not compared: it would take minutes, and priming would be lost
+
+
 def xz_yardsticks(source: Source, cache_folder: Path) -> dict[str, float]:
-    """Bits per byte of `xz -9` on the held-out files joined in path order, alone and primed with the training text. Kept on disk: it takes
-    a while."""
+    """Bits per byte of `xz -9` on the held-out files joined in path order: alone, and primed with the training text. Kept on disk, for it
+    takes a while. What is larger than xz's window is left out, and said."""
+    sizes = {"xz": source.record["held_out_bytes"], "xz_primed": source.record["held_out_bytes"] + source.record["train_bytes"]}
+    wanted = [name for name, size in sizes.items() if size <= XZ_WINDOW]
+    for name in sizes.keys() - set(wanted):
+        logger.info(f"not measured: {name} ({sizes[name]:,} bytes, more than the {XZ_WINDOW:,} that xz -9 looks back)")
     kept = cache_folder / f"{source.record['sha256']}.json"
-    if not kept.exists():
+    if wanted and not kept.exists():
+        logger.info("compressing the same text with xz, for comparison")
         held_out = b"".join(document["text"].encode() for document in source.held_out)
-        train = b"".join(document["text"].encode() for document in source.train)
-        alone, primed, of_train = (len(lzma.compress(text, preset=9)) for text in (held_out, train + held_out, train))
+        found = {"xz": 8 * len(lzma.compress(held_out, preset=9)) / len(held_out)}
+        if "xz_primed" in wanted:
+            train = b"".join(document["text"].encode() for document in source.train)
+            primed, alone = (len(lzma.compress(text, preset=9)) for text in (train + held_out, train))
+            found["xz_primed"] = 8 * (primed - alone) / len(held_out)
         cache_folder.mkdir(parents=True, exist_ok=True)
-        write_json(kept, {"xz": 8 * alone / len(held_out), "xz_primed": 8 * (primed - of_train) / len(held_out)})
-    return json.loads(kept.read_text())
+        write_json(kept, found)
+    return json.loads(kept.read_text(encoding="utf-8")) if wanted else {}
 
 
 def measure(config: Config, folder: Path, model: Any, token_nats: Any, source: Source, held_out: TokenCache) -> dict[str, Any]:
@@ -462,10 +525,9 @@ def measure(config: Config, folder: Path, model: Any, token_nats: Any, source: S
     results = {"bits_per_byte": of(everything), "held_out_bytes": int(sum(held_out.text_bytes)), "held_out_tokens": sum(tokens.values())}
     if 0 < len(others) < len(held_out):
         results["bits_per_byte_without_encodings"] = of(others)
-    logger.info("compressing the same text with xz, for comparison")
     results |= xz_yardsticks(source, cache_root() / "xz")
     nats_per_bit = math.log(2) * results["held_out_bytes"] / results["held_out_tokens"]  # bits a byte → nats a token
-    references = {"xz -9": results["xz"] * nats_per_bit, "xz -9, primed": results["xz_primed"] * nats_per_bit}
+    references = {coder: results[key] * nats_per_bit for key, coder in (("xz", "xz -9"), ("xz_primed", "xz -9, primed")) if key in results}
     plot_curves(folder / "metrics.jsonl", folder / "loss.png", title=f"{config.preset} on {source.name}", references=references)
     return results
 
@@ -482,7 +544,7 @@ def judge_samples(
     if samples and all(document["name"].endswith(".py") for document in source.held_out):
         results["samples_that_parse"] = share_that_parses(samples)
         results["real_text_that_parses"] = share_that_parses(real_samples(samples, source))
-    (folder / "samples.txt").write_text("\n\n".join(f"{'=' * 100}\n{s['prompt']}⟦{s['text']}⟧" for s in samples))
+    (folder / "samples.txt").write_text("\n\n".join(f"{'=' * 100}\n{s['prompt']}⟦{s['text']}⟧" for s in samples), encoding="utf-8")
     return samples
 
 
@@ -500,8 +562,9 @@ def show(results: dict[str, Any], folder: Path, samples: list[dict[str, Any]]) -
     table.add_row("this model", f"{results['bits_per_byte']:.4f}")
     if "bits_per_byte_without_encodings" in results:
         table.add_row("this model, without encodings/", f"{results['bits_per_byte_without_encodings']:.4f}")
-    table.add_row("xz -9", f"{results['xz']:.4f}")
-    table.add_row("xz -9 primed with the training text", f"{results['xz_primed']:.4f}")
+    for key, coder in YARDSTICKS.items():
+        if key in results:
+            table.add_row(coder, f"{results[key]:.4f}")
     console.print(table)
     share = results["mfu"]
     console.print(
@@ -510,12 +573,14 @@ def show(results: dict[str, Any], folder: Path, samples: list[dict[str, Any]]) -
     if results.get("samples_drawn") and not results["samples"]:
         console.print(f"none of the {results['samples_drawn']} samples drawn reached {SAMPLE_CHARACTERS} characters, so none is judged")
     if "samples_that_parse" in results:
-        console.print(
-            f"{results['samples_that_parse']:.0%} of {results['samples']} samples parse as Python; of real text cut alike "
-            f"{results['real_text_that_parses']:.0%}"
-        )
-    console.print(f"curve {folder / 'loss.png'}\nsamples {folder / 'samples.txt'}\nfor transformers {folder / 'export'}")
-    console.print(f"more samples: python -m recipes.sample {folder} --prompt 'def main('", markup=False, highlight=False)
+        kept = f"{results['samples']} samples of at least {SAMPLE_CHARACTERS} characters ({results['samples_drawn']} drawn)"
+        real = f"{results['real_text_that_parses']:.0%}"
+        console.print(f"{results['samples_that_parse']:.0%} of {kept} parse as Python; of real text cut alike {real}", soft_wrap=True)
+    lines = [f"curve {folder / 'loss.png'}", f"for transformers {folder / 'export'}"]
+    if samples:
+        lines.append(f"samples {folder / 'samples.txt'}")
+    lines.append(f"more samples: python -m recipes.sample {folder} --prompt 'def main('")
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

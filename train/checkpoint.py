@@ -347,7 +347,7 @@ def _read_sealed(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, str]
     read = {}
     for name in (_RECORD, _SEAL):
         try:
-            read[name] = json.loads((folder / name / "metadata").read_text())  # as Orbax's JSON handler names it
+            read[name] = json.loads((folder / name / "metadata").read_text(encoding="utf-8"))  # as Orbax's JSON handler names it
         except (OSError, ValueError) as error:
             raise _Damage(f"its {name} cannot be read ({_first_line(error)})") from error
     record, seal = read[_RECORD], read[_SEAL]

@@ -66,8 +66,9 @@ class RunLog:
         _remove_loguru_default()
         self._sinks = [
             logger.add(self._print, level=level, format=_console_format, diagnose=False),
-            logger.add(self.folder / "run.log", level="DEBUG", format="{time:YYYY-MM-DD HH:mm:ss} {level: <7} {message}", diagnose=False),
         ]
+        if self.folder.resolve() not in _kept:
+            self._sinks.append(_keep(self.folder))
         if dropped:
             logger.warning("dropped {} lines of {} from step {} on: this run writes them again", dropped, path, self.start_step)
         self._file = path.open("a", encoding="utf-8")
@@ -81,7 +82,7 @@ class RunLog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._progress.stop()
         self._print_plain_line()
-        if error is not None and kind is not None:
+        if error is not None and kind is not None and not isinstance(error, SystemExit):
             logger.error("stopped by {}: {}", kind.__name__, error)
         self._file.close()
         for sink in self._sinks:
@@ -160,6 +161,26 @@ def plain_messages() -> None:
     """Time and words for people, instead of loguru's default with module and line. Recipes call it first."""
     _remove_loguru_default()
     _restore_loguru_default()
+
+
+_kept: set[Path] = set()  # folders whose run.log `words_kept` is writing
+
+
+@contextlib.contextmanager
+def words_kept(folder: Path) -> Iterator[None]:
+    """All words said inside also go to `run.log` in the folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sink = _keep(folder)
+    _kept.add(folder.resolve())
+    try:
+        yield
+    finally:
+        _kept.remove(folder.resolve())
+        logger.remove(sink)
+
+
+def _keep(folder: Path) -> int:
+    return logger.add(folder / "run.log", level="DEBUG", format="{time:YYYY-MM-DD HH:mm:ss} {level: <7} {message}", diagnose=False)
 
 
 @contextlib.contextmanager

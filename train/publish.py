@@ -1,6 +1,7 @@
 """From a trained model to a folder that `transformers` and the Hub accept."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,6 +10,9 @@ import jax.numpy as jnp
 
 from lm.base import AbstractLM
 from lm.models import save_pretrained
+
+# Keys of `results`: what the model is held against.
+YARDSTICKS = {"xz": "xz -9", "xz_primed": "xz -9, primed with the training text"}
 
 
 class SavableTokenizer(Protocol):
@@ -35,16 +39,20 @@ def export(
     """
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     ids = {name: value for name, value in ids.items() if value is not None}
-    save_pretrained(model, folder, dtype=jnp.float32, extra_config=ids)
-    tokenizer.save(folder, model_max_length=model.config.context)
+    beside = folder.with_name(f".{folder.name}.building")  # renamed at the end: a folder of this name is always whole
+    shutil.rmtree(beside, ignore_errors=True)
+    save_pretrained(model, beside, dtype=jnp.float32, extra_config=ids)
+    tokenizer.save(beside, model_max_length=model.config.context)
     generation = ids | {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "max_length": model.config.context}
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-    (folder / "README.md").write_text(card(manifest, results, tokenizer.bos_id))
+    (beside / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    (beside / "README.md").write_text(card(manifest, results, tokenizer.bos_id), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
 
 
 def card(manifest: Mapping[str, Any], results: Mapping[str, Any], bos_id: int | None) -> str:
     """The model card, in the Hub's format: front matter, then words."""
-    corpus, model, device = manifest["corpus"], manifest["model"], manifest["device"]
+    corpus, model, device = manifest["corpus"], manifest["model"], manifest["sessions"][-1]["device"]
     text = f"the standard library of {corpus['python']}" if "python" in corpus else f"{corpus['kind']} source"
     lines = [
         "---",
@@ -61,8 +69,7 @@ def card(manifest: Mapping[str, Any], results: Mapping[str, Any], bos_id: int | 
         f"| held-out text ({results['held_out_bytes']:,} bytes) | bits per byte |",
         "|---|---|",
         f"| this model | {results['bits_per_byte']:.4f} |",
-        f"| xz -9 | {results['xz']:.4f} |",
-        f"| xz -9, primed with the training text | {results['xz_primed']:.4f} |",
+        *(f"| {coder} | {results[key]:.4f} |" for key, coder in YARDSTICKS.items() if key in results),
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",

@@ -210,7 +210,7 @@ def _release(version: str | None) -> tuple[int, ...]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except OSError:  # absent, or not for us
         return ""
 

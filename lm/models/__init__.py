@@ -51,7 +51,7 @@ def load_pretrained(folder: str | Path, *, dtype: Any = None) -> AbstractLM:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: expected a Hugging Face folder with config.json and model.safetensors")
-    raw = json.loads(path.read_text())
+    raw = json.loads(path.read_text(encoding="utf-8"))
     model_type = raw.get("model_type")
     if model_type not in ARCHITECTURES:
         raise ValueError(f"{path} is of model_type {model_type!r}; known are {', '.join(sorted(ARCHITECTURES))}")

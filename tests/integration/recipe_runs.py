@@ -29,7 +29,16 @@ def start(arguments: list[str], cache: Path, recipe: str = "pretrain_small") -> 
 def run(arguments: list[str], cache: Path, recipe: str = "pretrain_small") -> tuple[int, str]:
     """Exit status and all output."""
     process = start(arguments, cache, recipe)
-    output, _ = process.communicate(timeout=300)
+    return finish(process)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+    """Wait, ten minutes at most, and leave nothing running."""
+    try:
+        output, _ = process.communicate(timeout=600)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
     return process.returncode, output
 
 

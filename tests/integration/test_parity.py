@@ -14,7 +14,7 @@ MANIFEST = {
     "corpus": {"train_bytes": 1, "kind": "text", "train_documents": 1, "sha256": "0"},
     "model": {"parameters": 1, "model_type": "x", "context": 64, "vocab": 97}
     | {"n_layers": 3, "d_model": 24, "n_heads": 6, "n_kv_heads": 2, "d_ff": 40},
-    "device": {"device_kind": "cpu"},
+    "sessions": [{"device": {"device_kind": "cpu"}}],
     "tokens": 1,
     "steps": 1,
     "seed": 0,

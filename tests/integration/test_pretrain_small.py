@@ -2,12 +2,14 @@
 
 import json
 import random
+import re
 import signal
 import time
+from functools import partial
 
 import numpy as np
 import pytest
-from integration.recipe_runs import SMALL, corpus, run, start
+from integration.recipe_runs import SMALL, corpus, finish, run, start
 from safetensors.numpy import load_file
 
 import lm
@@ -41,6 +43,7 @@ def test_the_run_folder_holds_all_that_was_promised(shared):
     assert [step for step, loss, _ in losses(whole) if loss is not None] == list(range(1, STEPS + 1))
     manifest = json.loads((whole / "manifest.json").read_text())
     assert manifest["steps"] == STEPS
+    assert manifest["sessions"][0]["ran_with"]["kernels"]
     assert manifest["corpus"]["train_documents"] + manifest["corpus"]["held_out_documents"] == manifest["corpus"]["documents"]
     for words in ("bits per byte", "tokens/s", "MFU", "xz -9"):
         assert words in output
@@ -81,60 +84,132 @@ def test_the_loss_falls_and_bits_per_byte_follow_from_the_exported_model(shared)
     assert nats / np.log(2) / text_bytes == pytest.approx(results["bits_per_byte"], rel=2e-3)
 
 
-def test_killed_at_random_moments_it_resumes_to_the_identical_result(shared):
-    folder, arguments, _ = shared
-    run_folder = folder / "killed"
-    rng = random.Random(0)
-    kills = 0
-    while kills < 5:
+def until(process, condition, seconds=300):
+    """Look again and again until the condition holds or the process has ended."""
+    deadline = time.monotonic() + seconds
+    while process.poll() is None and not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def kill_and_resume(arguments, run_folder, cache, moments, rng):
+    """Start, kill at a moment, and again; then let it end. Returns the number of kills and the steps it went on from."""
+    kills, outputs = 0, []
+    for moment in moments:
         resume = ["--resume"] if (run_folder / "config.json").exists() else []
-        process = start([*arguments, "--run-dir", run_folder, *resume], folder / "cache")
-        # Some are killed while they still read the corpus, others in the middle of a checkpoint.
-        target = rng.randrange(0, STEPS)
-        deadline = time.monotonic() + 120
-        metrics = run_folder / "metrics.jsonl"
-        while process.poll() is None and time.monotonic() < deadline:
-            done = metrics.read_text().count('"loss"') if metrics.exists() else 0
-            if (done >= target and done > 0) or (target == 0 and (run_folder / "config.json").exists()):
-                break
-            time.sleep(0.01)
-        time.sleep(rng.random() * 0.3)
+        process = start([*arguments, "--run-dir", run_folder, *resume], cache)
+        until(process, moment)
+        time.sleep(rng.random() * 0.1)
         if process.poll() is None:
             process.kill()
             kills += 1
-        output, _ = process.communicate()
-        assert process.returncode in (0, -signal.SIGKILL), output
-        if process.returncode == 0:  # it was faster than the killer: begin again
-            import shutil
-
-            shutil.rmtree(run_folder)
-    status, output = run([*arguments, "--run-dir", run_folder, "--resume"], folder / "cache")
+        status, output = finish(process)
+        assert status in (0, -signal.SIGKILL), output
+        outputs.append(output)
+    status, output = run([*arguments, "--run-dir", run_folder, "--resume"], cache)
     assert status == 0, output
-    assert losses(run_folder) == losses(folder / "whole")
-    one, other = (load_file(each / "export" / "model.safetensors") for each in (run_folder, folder / "whole"))
-    assert one.keys() == other.keys()
-    for name in one:
-        np.testing.assert_array_equal(one[name], other[name])
+    return kills, [int(step) for each in outputs for step in re.findall(r"going on after step (\d+)", each)]
+
+
+def logged(run_folder):
+    metrics = run_folder / "metrics.jsonl"
+    return metrics.read_text().count('"loss"') if metrics.exists() else 0
+
+
+def logged_at_least(run_folder, lines):
+    return logged(run_folder) >= lines
+
+
+def assert_same_run(one, other):
+    assert losses(one) == losses(other)
+    tensors, expected = (load_file(each / "export" / "model.safetensors") for each in (one, other))
+    assert tensors.keys() == expected.keys()
+    for name in tensors:
+        np.testing.assert_array_equal(tensors[name], expected[name])
+
+
+def test_killed_at_any_moment_it_resumes_to_the_identical_result(shared):
+    """Six kills: while the tokenizer is written, before the first step, in the loop, in the middle of a checkpoint, in the report."""
+    folder, arguments, _ = shared
+    run_folder = folder / "killed"
+    moments = [
+        (run_folder / "tokenizer").exists,
+        (run_folder / "config.json").exists,
+        lambda: logged(run_folder) >= 2,
+        lambda: any((run_folder / "checkpoints").glob("*.orbax-checkpoint-tmp*")),
+        lambda: logged(run_folder) >= 14,
+        lambda: logged(run_folder) >= STEPS - 3,
+        (run_folder / "loss.png").exists,
+    ]
+    kills, resumed_from = kill_and_resume(arguments, run_folder, folder / "cache", moments, random.Random(0))
+    assert kills >= 5
+    assert any(0 < step < STEPS for step in resumed_from), resumed_from
+    assert_same_run(run_folder, folder / "whole")
+
+
+@pytest.mark.heavy
+def test_the_1m_preset_on_the_default_corpus_killed_at_random_moments(tmp_path):
+    """The preset as it is, 60 steps, killed six times at random."""
+    arguments = ["--preset", "1m", "--steps", 60, "--save-every", 7, "--report-samples", 4]
+    status, output = run([*arguments, "--run-dir", tmp_path / "whole"], tmp_path / "cache")
+    assert status == 0, output
+    rng = random.Random()
+    run_folder = tmp_path / "killed"
+    moments = [partial(logged_at_least, run_folder, rng.randrange(1, 60)) for _ in range(6)]
+    kills, _ = kill_and_resume(arguments, run_folder, tmp_path / "cache", moments, rng)
+    assert kills >= 5
+    assert_same_run(run_folder, tmp_path / "whole")
 
 
 def test_asked_to_stop_it_saves_and_says_how_to_go_on(shared):
-    """Ctrl-C first, and SIGTERM after it was resumed."""
+    """Ctrl-C first, and SIGTERM after it was resumed. Wherever it was, even in the report, it says the same."""
     folder, arguments, _ = shared
     run_folder = folder / "stopped"
     arguments = [*arguments, "--run-dir", run_folder, "--save-every", 1000]
-    metrics = run_folder / "metrics.jsonl"
     for number, after, resume in ((signal.SIGINT, 5, []), (signal.SIGTERM, 12, ["--resume"])):
         process = start([*arguments, *resume], folder / "cache")
-        while process.poll() is None and not (metrics.exists() and metrics.read_text().count('"loss"') >= after):
-            time.sleep(0.01)
+        until(process, lambda after=after: logged(run_folder) >= after)
         process.send_signal(number)
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 128 + number, output
+        status, output = finish(process)
+        assert status == 128 + number, output
         assert f"--resume --run-dir {run_folder}" in output
+        assert "Traceback" not in output
     status, output = run([*arguments, "--resume"], folder / "cache")
     assert status == 0, output
-    assert losses(run_folder) == losses(folder / "whole")
-    assert (run_folder / "export" / "model.safetensors").read_bytes() == (folder / "whole" / "export" / "model.safetensors").read_bytes()
+    assert_same_run(run_folder, folder / "whole")
+
+
+def test_settings_changed_on_resume_are_kept_by_the_next_resume(shared):
+    """Prolonged to far more steps, stopped, resumed without saying so again: it still knows where to end."""
+    folder, arguments, _ = shared
+    run_folder = folder / "prolonged"
+    short = [*arguments, "--run-dir", run_folder, "--steps", 6, "--report-samples", 0]
+    status, output = run(short, folder / "cache")
+    assert status == 0, output
+    process = start(["--resume", "--run-dir", run_folder, "--steps", 5000], folder / "cache")
+    until(process, lambda: logged(run_folder) >= 10)
+    process.terminate()
+    status, output = finish(process)
+    assert status == 128 + signal.SIGTERM, output
+    assert "5000 steps instead of 6" in output
+    assert json.loads((run_folder / "config.json").read_text())["steps"] == 5000
+    done = logged(run_folder)
+    status, output = run(["--resume", "--run-dir", run_folder, "--steps", 3], folder / "cache")
+    assert status == 2
+    assert f"the run has done {done} steps already" in output
+    manifest = json.loads((run_folder / "manifest.json").read_text())
+    assert (manifest["steps"], len(manifest["sessions"])) == (5000, 2)  # the refused one left nothing
+
+
+def test_two_processes_do_not_share_a_run_folder(shared):
+    folder, arguments, _ = shared
+    import fcntl
+
+    with (folder / "whole" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        status, output = run([*arguments, "--run-dir", folder / "whole", "--resume"], folder / "cache")
+    assert status == 2
+    assert "another process is at work" in output
 
 
 def test_another_seed_is_another_model(shared):

@@ -90,6 +90,7 @@ def test_impossible_settings_are_refused_in_words(arguments, words, capsys):
     assert left.value.code == 2
     printed = re.sub(r"[\s│]+", " ", "".join(capsys.readouterr()))  # frames and line breaks
     assert re.search(words, printed), printed
+    assert "errors.pydantic.dev" not in printed or "." in arguments[0]  # nested settings are checked by pydantic alone
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,26 @@ def test_unusable_text_stops_before_training(content, words, tmp_path, monkeypat
         main(config)
 
 
-def test_a_run_folder_is_never_overwritten(tmp_path):
-    pretrain_small.save_config(config_of(), tmp_path)
+def test_a_run_folder_is_never_overwritten_and_no_other_folder_filled(tmp_path):
+    pretrain_small.save_config(config_of(), tmp_path / "run")
     with pytest.raises(ValueError, match="already holds a run: add --resume"):
+        main(config_of("--run-dir", tmp_path / "run"))
+    with pytest.raises(ValueError, match="is no run, and not empty"):
         main(config_of("--run-dir", tmp_path))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="is a file; a run needs a folder"):
+        main(config_of("--run-dir", tmp_path / "file"))
+
+
+def test_a_start_that_failed_does_not_use_up_its_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("ZMAJ_CACHE_DIR", str(tmp_path / "cache"))
+    config = config_of("--data", tmp_path / "missing.txt", "--run-dir", tmp_path / "run")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"missing\.txt"):
+            main(config)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_kernels_of_another_device_are_refused_at_the_door(tmp_path):
+    with pytest.raises(ValueError, match="--backend cudnn runs on a gpu, and this is a cpu"):
+        main(config_of("--backend", "cudnn", "--run-dir", tmp_path / "run"))
