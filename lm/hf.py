@@ -89,6 +89,16 @@ def read_rope_base(read: ConfigReader) -> float:
     return float(theta)
 
 
+def refuse_native(model_type: str, **settings: Any) -> None:
+    """Refuse to write under a borrowed `model_type` what `transformers` would not compute."""
+    native = {name: value for name, value in settings.items() if value is not None}
+    if native:
+        raise ValueError(
+            f"transformers has no {model_type} with {', '.join(f'{name} = {value!r}' for name, value in native.items())}: "
+            f"its config.json cannot say so, and it would compute another function. Such a model is kept in checkpoints, not exported"
+        )
+
+
 def check_heads(n_heads: int, n_kv_heads: int, head_dim: int) -> None:
     """Head counts that cannot be grouped or rotated, in words."""
     if n_heads % n_kv_heads:

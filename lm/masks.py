@@ -39,11 +39,18 @@ def may_attend(queries: Facts, keys: Facts, window: int | None = None) -> Bool[A
 
     Padding sees only padding, so no row of the mask of a padded batch is empty.
     """
+    check_window(window)
     q_positions, k_positions = queries.positions[..., :, None], keys.positions[..., None, :]
     allowed = (queries.segments[..., :, None] == keys.segments[..., None, :]) & (k_positions <= q_positions)
     if window is not None:
         allowed &= q_positions - k_positions < window
     return allowed
+
+
+def check_window(window: int | None) -> None:
+    """A window that shows nothing, in words."""
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 (a token sees itself), or None to see all earlier ones; got {window}")
 
 
 def default_facts(tokens: Int[Array, "*batch seq"], start: Int[Array, ""] | int = 0) -> Facts:

@@ -18,7 +18,7 @@ from lm import rope
 from lm.attention import Attention
 from lm.base import AbstractBlock, AbstractLM, Aux, add_aux, aligned, facts_or_default, mark
 from lm.cache import LayerCache
-from lm.hf import ConfigReader, check_heads, read_rope_base
+from lm.hf import ConfigReader, check_heads, read_rope_base, refuse_native
 from lm.layers import Embedding, GatedMLP, Linear, RMSNorm, dropout
 from lm.masks import Facts
 
@@ -42,6 +42,9 @@ class LlamaConfig(BaseModel, frozen=True, extra="forbid"):
     attention_bias: bool = False  # attention_bias
     init_std: float = Field(0.02, gt=0)  # initializer_range
     dropout: float = Field(0.0, ge=0, lt=1)  # of embedding and residual branches, in training; not a Llama key, so never exported
+    attention_dropout: float = Field(0.0, ge=0, lt=1)  # of attention probabilities, in training; attention_dropout
+    attention_softcap: float | None = Field(None, gt=0)  # bounds the scores; native only
+    logit_softcap: float | None = Field(None, gt=0)  # bounds the logits; native only
 
     @model_validator(mode="after")
     def _heads(self) -> "LlamaConfig":
@@ -67,14 +70,19 @@ class LlamaConfig(BaseModel, frozen=True, extra="forbid"):
             tied=read.take("tie_word_embeddings", False),
             attention_bias=read.take("attention_bias", False),
             init_std=read.take("initializer_range", 0.02),
+            attention_dropout=read.take("attention_dropout", 0.0),
         )
         read.expect("hidden_act", "silu", default="silu")
         read.expect("mlp_bias", False, default=False)
-        read.finish(harmless={"attention_dropout", "pretraining_tp"})  # of the original training, and of a deleted code path
+        read.finish(harmless={"pretraining_tp"})  # of a deleted code path
         return result
 
     def to_hf(self) -> dict[str, Any]:
-        """The `config.json` under which `transformers` computes the same function."""
+        """The `config.json` under which `transformers` computes the same function.
+
+        **Raises:** `ValueError` naming the settings it has no key for.
+        """
+        refuse_native("llama", attention_softcap=self.attention_softcap, logit_softcap=self.logit_softcap)
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -93,6 +101,7 @@ class LlamaConfig(BaseModel, frozen=True, extra="forbid"):
             "mlp_bias": False,
             "hidden_act": "silu",
             "initializer_range": self.init_std,
+            "attention_dropout": self.attention_dropout,
         }
 
 
@@ -125,6 +134,8 @@ class Block(AbstractBlock):
                 out_std=out_std,
                 key=attn_key,
                 bias=config.attention_bias,
+                softcap=config.attention_softcap,
+                dropout=config.attention_dropout,
             ),
             mlp_norm=RMSNorm.init(config.d_model, config.norm_eps),
             mlp=GatedMLP.init(config.d_model, config.d_ff, std=config.init_std, out_std=out_std, key=mlp_key),
@@ -139,8 +150,8 @@ class Block(AbstractBlock):
         *,
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "*batch seq d_model"], LayerCache | None, Aux]:
-        attn_key, mlp_key = (None, None) if key is None else jr.split(key)
-        y, cache = self.attn(self.attn_norm(x), facts, cache)
+        attn_key, mlp_key, probabilities_key = (None, None, None) if key is None else jr.split(key, 3)
+        y, cache = self.attn(self.attn_norm(x), facts, cache, key=probabilities_key)
         x = (x + dropout(y, self.dropout, attn_key)).astype(x.dtype)  # the stream keeps its dtype whatever the weights'
         y = mark(self.mlp(self.mlp_norm(x)), "mlp.out")
         x = (x + dropout(y, self.dropout, mlp_key)).astype(x.dtype)
@@ -176,6 +187,10 @@ class Llama(AbstractLM):
     @property
     def unembedding(self) -> Float[Array, "vocab d_model"]:
         return self.embed.weight if self.unembed is None else self.unembed.weight
+
+    @property
+    def logit_softcap(self) -> float | None:
+        return self.config.logit_softcap
 
     def hidden(
         self,

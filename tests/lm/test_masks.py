@@ -1,5 +1,6 @@
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from lm.masks import Facts, default_facts, may_attend
 
@@ -24,6 +25,13 @@ def test_a_window_of_one_is_the_token_itself_and_counts_it():
     facts = default_facts(jnp.zeros(5, jnp.int32))
     np.testing.assert_array_equal(may_attend(facts, facts, 1), np.eye(5, dtype=bool))
     np.testing.assert_array_equal(may_attend(facts, facts, 2), np.eye(5, dtype=bool) | np.eye(5, k=-1, dtype=bool))
+
+
+@pytest.mark.parametrize("window", [0, -3])
+def test_a_window_that_shows_nothing_is_refused(window):
+    facts = default_facts(jnp.zeros(5, jnp.int32))
+    with pytest.raises(ValueError, match=f"at least 1 .* got {window}"):
+        may_attend(facts, facts, window)
 
 
 def test_unwritten_slots_are_seen_by_nobody():
