@@ -3,6 +3,7 @@
 from typing import Any
 
 import equinox as eqx
+import jax.numpy as jnp
 import jax.random as jr
 from einops import rearrange
 from jaxtyping import Array, Float, Key
@@ -85,7 +86,7 @@ class Attention(eqx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if facts.rope is not None:
-            q, k = self.ops.rotate(q, *facts.rope), self.ops.rotate(k, *facts.rope)
+            q, k = self._rotated(q, *facts.rope), self._rotated(k, *facts.rope)
         q, k, v = mark(q, "attn.q"), mark(k, "attn.k"), mark(v, "attn.v")
 
         key_facts = Facts(facts.positions, facts.segments)
@@ -96,6 +97,13 @@ class Attention(eqx.Module):
         mixed = self.ops.attention(q, k, v, facts, key_facts, self.head_dim**-0.5, self.window, self.softcap, self.dropout, key=key)
         mixed = rearrange(mark(mixed, "attn.mixed"), "... heads seq head_dim -> ... seq (heads head_dim)")
         return mark(self.o_proj(mixed), "attn.out"), cache
+
+    def _rotated(self, x: Array, cos: Array, sin: Array) -> Array:
+        """Turned by its position; where the tables are narrower than a head, only its first part (partial rotary)."""
+        width = cos.shape[-1]
+        if width == self.head_dim:
+            return self.ops.rotate(x, cos, sin)
+        return jnp.concatenate([self.ops.rotate(x[..., :width], cos, sin), x[..., width:]], axis=-1)
 
     def empty_cache(self, batch: tuple[int, ...], slots: int, dtype: Any) -> LayerCache:
         return LayerCache.empty(batch, self.n_kv_heads, slots, self.head_dim, dtype)
