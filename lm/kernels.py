@@ -193,8 +193,8 @@ class Ops:
 
 REFERENCE = Ops("reference")
 
-# Asked for by name; `train.runtime` tells which suits a device. A name that cannot run there fails when the program is compiled, with JAX's
-# words.
+# Asked for by name; `train.backends` tells which suits a device and a model. A name that cannot run there fails when the program is
+# compiled, with JAX's words.
 BACKENDS: dict[str, Ops] = {
     "reference": REFERENCE,
     "xla": Ops("xla", attention=_jax_nn_attention("xla")),

@@ -45,6 +45,7 @@ from lm.flight import Flight
 from lm.generate import Sampler
 from lm.models.qwen3 import Qwen3Config
 from recipes.command_line import CONFIG_FILE, fail, parse, resumable
+from train.backends import choose_backend
 from train.checkpoint import CheckpointError, Checkpoints
 from train.logs import RunLog, mfu, model_flops_per_token, plain_messages, plot_curves, read_metrics, write_json
 from train.loop import bits_per_byte, interruptible, nats_by_document, steps
@@ -92,7 +93,7 @@ class Config(BaseModel, frozen=True, extra="forbid"):
     run_dir: Path | None = resumable(None, description="folder of the run; None: runs/pretrain_small-DATE-TIME")
     resume: bool = resumable(False, description="go on where the run in --run-dir (or the latest one) stopped")
     device: Literal["auto", "cpu", "gpu", "tpu"] = resumable("auto", description="where to compute")
-    backend: str = resumable("auto", description="kernels: auto (cpu on a CPU with bf16, else xla) or one of " + ", ".join(lm.BACKENDS))
+    backend: str = resumable("auto", description="kernels: auto (the rule of train.backends) or one of " + ", ".join(lm.BACKENDS))
     dtype: Literal["auto", "float32", "bfloat16"] = resumable("auto", description="operands of matrix products; masters stay float32")
     layers: Literal["auto", "loop", "scan"] = resumable("auto", description="blocks one by one or as a scan; auto: scan above 12 layers")
     remat: Literal["none", "dots", "full"] = resumable("none", description="what the backward pass recomputes to save memory")
@@ -339,11 +340,11 @@ def encode(documents: Any, tokenizer: Tokenizer, source: Source, split: str) -> 
 
 def choose_flight(config: Config, device: jax.Device) -> tuple[lm.Ops, Flight]:
     """Kernels, dtype and layer loop for this device, unless the user named them. What is chosen is printed and recorded."""
-    on_cpu = device.platform == "cpu"
-    bf16 = not on_cpu or "avx512_bf16" in device_facts(device).get("cpu_flags", [])
-    backend = config.backend if config.backend != "auto" else "cpu" if on_cpu and bf16 else "reference" if on_cpu else "xla"
+    facts = device_facts(device)
+    bf16 = device.platform != "cpu" or "avx512_bf16" in facts["cpu_flags"]
     dtype = config.dtype if config.dtype != "auto" else "bfloat16" if bf16 else "float32"
     layers = config.layers if config.layers != "auto" else "scan" if config.n_layers > 12 else "loop"
+    backend = choose_backend(facts, dtype=dtype, head_dim=config.d_model // config.n_heads, seq=config.seq, asked=config.backend)
     return lm.BACKENDS[backend], Flight(layers=layers, remat=config.remat, dtype=dtype)
 
 
