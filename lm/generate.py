@@ -30,8 +30,8 @@ class Sampler:
     hold that much probability (Holtzman et al. 2020, arXiv:1904.09751); `min_p` those at least that fraction as likely as the likeliest
     (Nguyen et al. 2024, arXiv:2407.01082). They are taken in this order, after `temperature`.
 
-    Before all of them, greedy or not: `logit_bias` is added, then the logits of tokens that stand in the prompt or were drawn are divided by
-    `repetition_penalty`, or multiplied where negative (Keskar et al. 2019, arXiv:1909.05858, section 4.1, with the sign handled as in
+    Before all of them, greedy or not: `logit_bias` is added, then the logits of tokens that stand in the prompt or were drawn are divided
+    by `repetition_penalty`, or multiplied where negative (Keskar et al. 2019, arXiv:1909.05858, section 4.1; the sign as in
     `transformers`).
     """
 
