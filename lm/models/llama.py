@@ -48,9 +48,19 @@ class LlamaConfig(BaseModel, frozen=True, extra="forbid"):
     attention_softcap: float | None = Field(None, gt=0)  # bounds the scores; native only
     logit_softcap: float | None = Field(None, gt=0)  # bounds the logits; native only
 
+    # A number for each layer in place of one for all; native only.
+    n_heads_by_layer: tuple[int, ...] | None = None
+    d_ff_by_layer: tuple[int, ...] | None = None
+    window_by_layer: tuple[int | None, ...] | None = None  # positions a query sees, itself included; None: all
+
     @model_validator(mode="after")
-    def _heads(self) -> "LlamaConfig":
-        check_heads(self.n_heads, self.n_kv_heads, int(self.head_dim * self.rope_fraction))
+    def _whole(self) -> "LlamaConfig":
+        for n_heads in self.n_heads_by_layer or (self.n_heads,):
+            check_heads(n_heads, self.n_kv_heads, int(self.head_dim * self.rope_fraction))
+        for name in ("n_heads_by_layer", "d_ff_by_layer", "window_by_layer"):
+            numbers = getattr(self, name)
+            if numbers is not None and (len(numbers) != self.n_layers or any(n is not None and n < 1 for n in numbers)):
+                raise ValueError(f"{name} must be {self.n_layers} numbers above 0, one for each of n_layers; got {numbers}")
         return self
 
     @staticmethod
@@ -85,7 +95,8 @@ class LlamaConfig(BaseModel, frozen=True, extra="forbid"):
 
         **Raises:** `ValueError` naming the settings it has no key for.
         """
-        refuse_native("llama", attention_softcap=self.attention_softcap, logit_softcap=self.logit_softcap)
+        native = ("attention_softcap", "logit_softcap", "n_heads_by_layer", "d_ff_by_layer", "window_by_layer")
+        refuse_native("llama", **{name: getattr(self, name) for name in native})
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -125,27 +136,30 @@ class Block(AbstractBlock):
     dropout: float = eqx.field(static=True, default=0.0)
 
     @staticmethod
-    def init(config: LlamaConfig, *, key: Key[Array, ""]) -> "Block":
+    def init(config: LlamaConfig, layer: int, *, key: Key[Array, ""]) -> "Block":
         """Maps that write into the stream start smaller by √(2 · n_layers), so that its variance does not grow with depth (Radford et al.
         2019)."""
         attn_key, mlp_key = jr.split(key)
         out_std = config.init_std / (2 * config.n_layers) ** 0.5
+        n_heads = config.n_heads_by_layer[layer] if config.n_heads_by_layer else config.n_heads
+        d_ff = config.d_ff_by_layer[layer] if config.d_ff_by_layer else config.d_ff
         return Block(
             attn_norm=RMSNorm.init(config.d_model, config.norm_eps),
             attn=Attention.init(
                 config.d_model,
-                config.n_heads,
+                n_heads,
                 config.n_kv_heads,
                 config.head_dim,
                 std=config.init_std,
                 out_std=out_std,
                 key=attn_key,
                 bias=config.attention_bias,
+                window=config.window_by_layer[layer] if config.window_by_layer else None,
                 softcap=config.attention_softcap,
                 dropout=config.attention_dropout,
             ),
             mlp_norm=RMSNorm.init(config.d_model, config.norm_eps),
-            mlp=GatedMLP.init(config.d_model, config.d_ff, std=config.init_std, out_std=out_std, key=mlp_key),
+            mlp=GatedMLP.init(config.d_model, d_ff, std=config.init_std, out_std=out_std, key=mlp_key),
             dropout=config.dropout,
         )
 
@@ -186,7 +200,7 @@ class Llama(AbstractLM):
         return Llama(
             config=config,
             embed=Embedding.init(config.vocab, config.d_model, std=config.init_std, key=embed_key),
-            blocks=tuple(Block.init(config, key=k) for k in jr.split(blocks_key, config.n_layers)),
+            blocks=tuple(Block.init(config, i, key=k) for i, k in enumerate(jr.split(blocks_key, config.n_layers))),
             norm=RMSNorm.init(config.d_model, config.norm_eps),
             unembed=None if config.tied else Linear.init(config.d_model, config.vocab, std=config.init_std, key=unembed_key),
         )
