@@ -45,7 +45,7 @@ from lm.flight import Flight
 from lm.generate import Sampler
 from lm.models.qwen3 import Qwen3Config
 from recipes.command_line import CONFIG_FILE, fail, parse, resumable
-from train.backends import choose_backend
+from train.backends import choose_backend, choose_dtype
 from train.checkpoint import CheckpointError, Checkpoints
 from train.logs import RunLog, mfu, model_flops_per_token, plain_messages, plot_curves, read_metrics, write_json
 from train.loop import bits_per_byte, interruptible, nats_by_document, steps
@@ -341,8 +341,7 @@ def encode(documents: Any, tokenizer: Tokenizer, source: Source, split: str) -> 
 def choose_flight(config: Config, device: jax.Device) -> tuple[lm.Ops, Flight]:
     """Kernels, dtype and layer loop for this device, unless the user named them. What is chosen is printed and recorded."""
     facts = device_facts(device)
-    bf16 = device.platform != "cpu" or "avx512_bf16" in facts["cpu_flags"]
-    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if bf16 else "float32"
+    dtype = config.dtype if config.dtype != "auto" else choose_dtype(facts)
     layers = config.layers if config.layers != "auto" else "scan" if config.n_layers > 12 else "loop"
     backend = choose_backend(facts, dtype=dtype, head_dim=config.d_model // config.n_heads, seq=config.seq, asked=config.backend)
     return lm.BACKENDS[backend], Flight(layers=layers, remat=config.remat, dtype=dtype)

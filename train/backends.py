@@ -1,4 +1,4 @@
-"""Which kernels a run uses: one rule, from facts about the device and the model to the name of a backend in `lm.kernels.BACKENDS`.
+"""Which kernels a run uses, and in which dtype: one rule each, from facts about the device and the model to a name.
 
     backend     where                      dtype         head_dim                 soft-cap   dropout of probabilities
     cudnn       NVIDIA, compute ≥ 8        bf16, fp16    ≤ 128, a multiple of 8   no         no
@@ -6,18 +6,27 @@
     xla         everywhere                 any           any                      no         no
     reference   everywhere                 any           any                      yes        yes
 
-`auto` is the first of these that can, with two words more: on a CPU without bf16 products, where `cpu` was not measured, it is `reference`,
+The names are those of `lm.kernels.BACKENDS`. `auto` is the first of these that can, with two words more: on a CPU without bf16 products, where `cpu` was not measured, it is `reference`,
 and `xla` is never chosen on a CPU. A backend asked for by name that cannot is an error; nothing is replaced.
 """
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from lm.kernels import BACKENDS
 
 CUDNN_HEAD_DIM = 128  # as checked by jax.nn.dot_product_attention for its flash kernels
 CUDNN_COMPUTE_CAPABILITY = 8.0  # Ampere
+
+
+def choose_dtype(device: Mapping[str, Any]) -> Literal["float32", "bfloat16"]:
+    """Of the blocks: bf16 where the device multiplies it faster than fp32."""
+    return "bfloat16" if device["platform"] != "cpu" or _multiplies_bf16(device) else "float32"
+
+
+def _multiplies_bf16(cpu: Mapping[str, Any]) -> bool:
+    return "avx512_bf16" in cpu.get("cpu_flags", ())
 
 
 def choose_backend(
@@ -47,7 +56,7 @@ def choose_backend(
     if asked == "auto":
         if device["platform"] != "cpu":
             return able[0]
-        return "cpu" if "cpu" in able and "avx512_bf16" in device.get("cpu_flags", ()) else "reference"
+        return "cpu" if "cpu" in able and _multiplies_bf16(device) else "reference"
     if asked not in BACKENDS:
         raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {asked!r}")
     if reasons[asked] is not None:

@@ -114,6 +114,8 @@ class GPT2Config(BaseModel, frozen=True, extra="forbid"):
             "embd_pdrop": self.embed_dropout,
             "resid_pdrop": self.dropout,
             "attn_pdrop": self.attention_dropout,
+            "bos_token_id": None,  # the tokenizer's to say; left out, transformers would take those of the published GPT-2
+            "eos_token_id": None,
         }
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.backends import choose_backend
+from train.backends import choose_backend, choose_dtype
 
 CPU = {"platform": "cpu", "device_kind": "cpu", "cpu_flags": ["avx2", "avx512_bf16"]}
 OLD_CPU = CPU | {"cpu_flags": ["avx2"]}
@@ -36,6 +36,10 @@ MODEL = {"dtype": "bfloat16", "head_dim": 64, "seq": 512}
 )
 def test_auto_takes_the_first_that_can(device, changes, name):
     assert choose_backend(device, **(MODEL | changes)) == name
+
+
+def test_the_dtype_is_bf16_where_the_device_multiplies_it():
+    assert [choose_dtype(device) for device in (CPU, OLD_CPU, H100, TPU)] == ["bfloat16", "float32", "bfloat16", "bfloat16"]
 
 
 @pytest.mark.parametrize(
