@@ -6,8 +6,9 @@
     xla         everywhere                 any           any                      no         no
     reference   everywhere                 any           any                      yes        yes
 
-The names are those of `lm.kernels.BACKENDS`. `auto` is the first of these that can, with two words more: on a CPU without bf16 products, where `cpu` was not measured, it is `reference`,
-and `xla` is never chosen on a CPU. A backend asked for by name that cannot is an error; nothing is replaced.
+The names are those of `lm.kernels.BACKENDS`. `auto` is the first of these that can, with two words more: on a CPU without bf16 products,
+where `cpu` was not measured, it is `reference`, and `xla` is never chosen on a CPU. A backend asked for by name that cannot is an error;
+nothing is replaced.
 """
 
 import re
