@@ -3,6 +3,7 @@
 from typing import Any
 
 import equinox as eqx
+import jax.numpy as jnp
 import jax.random as jr
 from einops import rearrange
 from jaxtyping import Array, Float, Key
@@ -11,11 +12,14 @@ from lm.base import mark
 from lm.cache import LayerCache
 from lm.kernels import REFERENCE, Ops
 from lm.layers import Linear, RMSNorm
-from lm.masks import Facts
+from lm.masks import Facts, check_window
 
 
 class Attention(eqx.Module):
-    """softmax(q kᵀ / √head_dim) v over the places the facts allow, between four linear maps."""
+    """softmax(q kᵀ / √head_dim) v over the places the facts allow, between four linear maps.
+
+    `key` is for the dropout of attention probabilities; `None` means evaluation, whatever the rate.
+    """
 
     q_proj: Linear  # d_model → heads · head_dim
     k_proj: Linear  # d_model → kv_heads · head_dim
@@ -26,6 +30,8 @@ class Attention(eqx.Module):
     n_kv_heads: int = eqx.field(static=True)  # for the cache: wrappers such as LoRA hide the weights' shapes
     head_dim: int = eqx.field(static=True)  # the arrays cannot tell where one head ends
     window: int | None = eqx.field(static=True, default=None)  # positions a query sees, itself included; None: all
+    softcap: float | None = eqx.field(static=True, default=None)  # scores never pass ±softcap; None: they may
+    dropout: float = eqx.field(static=True, default=0.0)  # of attention probabilities, where a key is given
     ops: Ops = eqx.field(static=True, default=REFERENCE)
 
     @staticmethod
@@ -40,6 +46,9 @@ class Attention(eqx.Module):
         key: Key[Array, ""],
         bias: bool = False,
         qk_norm_eps: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        dropout: float = 0.0,
     ) -> "Attention":
         """`out_std` is the standard deviation of `o_proj`; `qk_norm_eps` puts RMSNorms on queries and keys; `bias` is for all four maps."""
         q_key, k_key, v_key, o_key = jr.split(key, 4)
@@ -52,10 +61,23 @@ class Attention(eqx.Module):
             k_norm=None if qk_norm_eps is None else RMSNorm.init(head_dim, qk_norm_eps),
             n_kv_heads=n_kv_heads,
             head_dim=head_dim,
+            window=window,
+            softcap=softcap,
+            dropout=dropout,
         )
 
+    def __check_init__(self) -> None:
+        check_window(self.window)
+        if self.softcap is not None and self.softcap <= 0:
+            raise ValueError(f"softcap must be above 0, or None for scores as they are; got {self.softcap}")
+
     def __call__(
-        self, x: Float[Array, "*batch seq d_model"], facts: Facts, cache: LayerCache | None = None
+        self,
+        x: Float[Array, "*batch seq d_model"],
+        facts: Facts,
+        cache: LayerCache | None = None,
+        *,
+        key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "*batch seq d_model"], LayerCache | None]:
         q, k, v = (
             rearrange(proj(x), "... seq (heads head_dim) -> ... heads seq head_dim", head_dim=self.head_dim)
@@ -64,7 +86,7 @@ class Attention(eqx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if facts.rope is not None:
-            q, k = self.ops.rotate(q, *facts.rope), self.ops.rotate(k, *facts.rope)
+            q, k = self._rotated(q, *facts.rope), self._rotated(k, *facts.rope)
         q, k, v = mark(q, "attn.q"), mark(k, "attn.k"), mark(v, "attn.v")
 
         key_facts = Facts(facts.positions, facts.segments)
@@ -72,9 +94,16 @@ class Attention(eqx.Module):
             cache = cache.append(k, v, key_facts)
             k, v, key_facts = cache.keys.astype(q.dtype), cache.values.astype(q.dtype), cache.facts
 
-        mixed = self.ops.attention(q, k, v, facts, key_facts, self.head_dim**-0.5, self.window)
+        mixed = self.ops.attention(q, k, v, facts, key_facts, self.head_dim**-0.5, self.window, self.softcap, self.dropout, key=key)
         mixed = rearrange(mark(mixed, "attn.mixed"), "... heads seq head_dim -> ... seq (heads head_dim)")
         return mark(self.o_proj(mixed), "attn.out"), cache
+
+    def _rotated(self, x: Array, cos: Array, sin: Array) -> Array:
+        """Turned by its position; where the tables are narrower than a head, only its first part (partial rotary)."""
+        width = cos.shape[-1]
+        if width == self.head_dim:
+            return self.ops.rotate(x, cos, sin)
+        return jnp.concatenate([self.ops.rotate(x[..., :width], cos, sin), x[..., width:]], axis=-1)
 
     def empty_cache(self, batch: tuple[int, ...], slots: int, dtype: Any) -> LayerCache:
         return LayerCache.empty(batch, self.n_kv_heads, slots, self.head_dim, dtype)

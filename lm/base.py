@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
 from lm.cache import LayerCache
-from lm.kernels import linear
+from lm.kernels import linear, soft_cap
 from lm.masks import Facts, default_facts
 
 Aux = dict[str, tuple[Array, Array]]  # what a block reports beside its output: name → (sum, count)
@@ -76,9 +76,15 @@ class AbstractLM(eqx.Module, is_abstract=True):
     def unembedding(self) -> Float[Array, "vocab d_model"]:
         """The matrix that turns hidden states into logits: the embedding itself when tied."""
 
+    @property
+    def logit_softcap(self) -> float | None:
+        """Logits never pass ± this (Gemma 2, arXiv:2408.00118, section 2); `None`: they may."""
+        return None
+
     def logits(self, hidden: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:
         """Scores of every token in fp32."""
-        return linear(hidden.astype(self.unembedding.dtype), self.unembedding).astype(jnp.float32)
+        scores = linear(hidden.astype(self.unembedding.dtype), self.unembedding).astype(jnp.float32)
+        return scores if self.logit_softcap is None else soft_cap(scores, self.logit_softcap)
 
     def __call__(
         self, tokens: Int[Array, "*batch seq"], facts: Facts | None = None, *, key: Key[Array, ""] | None = None

@@ -1,12 +1,14 @@
 """Hugging Face folders: `config.json` and safetensors ⇄ the tree, driven by each architecture's own table of names.
 
 The table maps the *role* of a leaf (`attn.q_proj.weight`) to the key in the file (`model.layers.{i}.self_attn.q_proj.weight`); loading
-reads it one way, saving the other. Our weights have Hugging Face's layout, so a row renames and nothing else.
+reads it one way, saving the other. Our weights have Hugging Face's layout, so most rows rename and nothing else; the others are
+`transposed`, or a `part` of a fused tensor, or both.
 """
 
 import json
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,90 +25,57 @@ from lm.base import AbstractLM, leaves_by_path, role
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-# Keys that say nothing about the function computed: ids the tokenizer owns, versions, caching habits, dtype of the file.
-HARMLESS = frozenset(
-    {
-        "architectures", "bos_token_id", "dtype", "eos_token_id", "model_type", "name_or_path", "pad_token_id", "torch_dtype",
-        "transformers_version", "use_cache", "_name_or_path",
-    }
-)  # fmt: skip
 
-_MISSING = object()
+@dataclass(frozen=True)
+class Stored:
+    """How the file keeps one of our leaves, where it does more than rename it."""
 
-
-class ConfigReader:
-    """A `config.json` read key by key, so that at the end none has gone unnoticed."""
-
-    def __init__(self, config: Mapping[str, Any], model_type: str):
-        self.config = dict(config)
-        self.model_type = model_type
-        self.used: set[str] = set()
-
-    def take(self, name: str, default: Any = _MISSING) -> Any:
-        """The value of a key, or `default` where it is absent or null."""
-        self.used.add(name)
-        value = self.config.get(name)
-        if value is not None:
-            return value
-        if default is _MISSING:
-            raise ValueError(f"config.json of model_type {self.model_type!r} lacks {name!r}")
-        return default
-
-    def expect(self, name: str, expected: Any, *, default: Any) -> None:
-        """Refuse any value but the one our drawing computes."""
-        value = self.take(name, default)
-        if value is not default and value != expected:
-            raise ValueError(
-                f"config.json has {name} = {value!r}; our {self.model_type} computes {name} = {expected!r} only. "
-                "Loading it anyway would give another function"
-            )
-
-    def finish(self, harmless: set[str]) -> None:
-        """Refuse what nobody asked for."""
-        unknown = {
-            name: value
-            for name, value in self.config.items()
-            if name not in self.used and name not in HARMLESS and name not in harmless and value is not None
-        }
-        if unknown:
-            raise ValueError(
-                f"config.json of model_type {self.model_type!r} has keys we do not know: {unknown}. "
-                "Each may change the function; handle it in from_hf, or list it there as harmless"
-            )
+    key: str  # in the file; {i} is the layer
+    transposed: bool = False  # kept (in, out)
+    part: int | None = None  # which piece of a fused tensor, counted along its output axis; sizes are those of the leaves
 
 
-def read_rope_base(read: ConfigReader) -> float:
-    """`rope_theta`, at the top level (transformers 4) or in `rope_parameters` (transformers 5). Scaled kinds of RoPE are refused by
-    name."""
-    parameters = read.take("rope_parameters", {}) | read.take("rope_scaling", {})
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"config.json asks for RoPE of type {kind!r}; only 'default' is known")
-    theta = read.take("rope_theta", parameters.get("rope_theta", 10_000.0))
-    unknown = set(parameters) - {"rope_type", "type", "rope_theta"}
-    if unknown:
-        raise ValueError(f"config.json has rope parameters we do not know: {sorted(unknown)}")
-    return float(theta)
+def transposed(stored: str | Stored) -> Stored:
+    """A matrix the file keeps as (in, out), such as those of GPT-2's Conv1D."""
+    return replace(_stored(stored), transposed=True)
 
 
-def check_heads(n_heads: int, n_kv_heads: int, head_dim: int) -> None:
-    """Head counts that cannot be grouped or rotated, in words."""
-    if n_heads % n_kv_heads:
-        raise ValueError(
-            f"n_heads ({n_heads}) must be a multiple of n_kv_heads ({n_kv_heads}): each key head serves n_heads / n_kv_heads query heads. "
-            f"Divisors of {n_heads}: {[d for d in range(1, n_heads + 1) if n_heads % d == 0]}"
-        )
-    if head_dim % 2:
-        raise ValueError(f"head_dim ({head_dim}) must be even: RoPE turns pairs")
+def part(i: int, stored: str | Stored) -> Stored:
+    """Piece `i` of a tensor that holds several of our leaves one after the other, such as queries, keys and values."""
+    return replace(_stored(stored), part=i)
 
 
-def hf_key(path: str, names: Mapping[str, str]) -> str:
-    """The file's key for one of our leaves."""
+def _stored(row: str | Stored) -> Stored:
+    return row if isinstance(row, Stored) else Stored(row)
+
+
+Names = Mapping[str, str | Stored]  # role of a leaf → how the file keeps it
+
+
+def stored_leaf(path: str, names: Names) -> Stored:
+    """The file's key for one of our leaves, and how it lies there."""
     this_role = role(path)
     if this_role not in names:
         raise ValueError(f"leaf {path} (role {this_role}) has no Hugging Face name; the table knows {sorted(names)}")
     layer = re.match(r"blocks/(\d+)/", path)
-    return names[this_role].format(i=layer.group(1) if layer else "")
+    stored = _stored(names[this_role])
+    return replace(stored, key=stored.key.format(i=layer.group(1) if layer else ""))
+
+
+def _by_key(tree: Any, names: Names) -> dict[str, list[tuple[str, Stored, Any]]]:
+    """(path, how stored, leaf) of the leaves behind each key of the file, the pieces of a fused tensor in order."""
+    found: dict[str, list[tuple[str, Stored, Any]]] = {}
+    for path, leaf in leaves_by_path(tree).items():
+        stored = stored_leaf(path, names)
+        found.setdefault(stored.key, []).append((path, stored, leaf))
+    return {key: sorted(leaves, key=lambda each: each[1].part or 0) for key, leaves in found.items()}
+
+
+def _file_shape(leaves: list[tuple[str, Stored, Any]]) -> tuple[int, ...]:
+    """The shape a tensor of the file must have to hold these leaves."""
+    first = leaves[0][2].shape
+    shape = (sum(leaf.shape[0] for _, _, leaf in leaves), *first[1:])
+    return shape[::-1] if leaves[0][1].transposed else shape
 
 
 def abstract(init: Callable[..., AbstractLM], config: Any) -> AbstractLM:
@@ -114,40 +83,57 @@ def abstract(init: Callable[..., AbstractLM], config: Any) -> AbstractLM:
     return eqx.filter_eval_shape(lambda key: init(config, key=key), jr.key(0))
 
 
-def load_weights(skeleton: AbstractLM, names: Mapping[str, str], folder: Path, *, dtype: Any = None) -> AbstractLM:
+def load_weights(
+    skeleton: AbstractLM, names: Names, folder: Path, *, dtype: Any = None, current_key: Callable[[str], str | None] = lambda key: key
+) -> AbstractLM:
     """Fill an abstract tree from a folder's safetensors, one tensor at a time.
+
+    **Arguments:**
+
+    - `current_key`: today's name of a key found in a file, for families whose old files have others; `None` for a tensor that is no weight.
 
     **Raises:** `ValueError` listing every tensor that is missing, left over, or of another shape.
     """
-    files = _files_of(folder)
-    wanted = {hf_key(path, names): leaf for path, leaf in leaves_by_path(skeleton).items()}
-    problems = [f"missing: {key} {leaf.shape}" for key, leaf in wanted.items() if key not in files]
-    problems += [f"left over: {key}" for key in files if key not in wanted]
+    found = {current_key(key): (key, file) for key, file in _files_of(folder).items()}
+    wanted = _by_key(skeleton, names)
+    problems = [f"missing: {key} {_file_shape(leaves)}" for key, leaves in wanted.items() if key not in found]
+    problems += [f"left over: {key}" for key in found if key is not None and key not in wanted]
     loaded: dict[str, jax.Array] = {}
-    for file in sorted(set(files.values())):
+    for file in sorted({file for _, file in found.values()}):
         with _open(file) as tensors:
-            for key in (key for key, where in files.items() if where == file and key in wanted):
-                if tuple(tensors.get_slice(key).get_shape()) != wanted[key].shape:
-                    problems.append(f"shape: {key} is {tuple(tensors.get_slice(key).get_shape())}, expected {wanted[key].shape}")
+            for key, leaves in wanted.items():
+                in_file, where = found.get(key, ("", None))
+                if where != file:
+                    continue
+                shape = tuple(tensors.get_slice(in_file).get_shape())
+                if shape != _file_shape(leaves):
+                    problems.append(f"shape: {key} is {shape}, expected {_file_shape(leaves)}")
                 elif not problems:
-                    loaded[key] = jnp.asarray(tensors.get_tensor(key), dtype=dtype)
+                    loaded |= _leaves_of(tensors.get_tensor(in_file), leaves, dtype)
     if problems:
         raise ValueError(f"{folder} does not hold the model its config.json describes:\n  " + "\n  ".join(problems))
-    leaves = [loaded[hf_key(path, names)] for path in leaves_by_path(skeleton)]
-    return jax.tree.unflatten(jax.tree.structure(skeleton), leaves)
+    return jax.tree.unflatten(jax.tree.structure(skeleton), [loaded[path] for path in leaves_by_path(skeleton)])
 
 
-def save_folder(
-    model: AbstractLM, names: Mapping[str, str], folder: Path, *, dtype: Any = None, extra_config: Mapping[str, Any] | None = None
-) -> None:
+def _leaves_of(tensor: np.ndarray, leaves: list[tuple[str, Stored, Any]], dtype: Any) -> dict[str, jax.Array]:
+    """Our leaves, cut from a tensor of the file."""
+    whole = tensor.T if leaves[0][1].transposed else tensor
+    pieces = np.split(whole, np.cumsum([leaf.shape[0] for _, _, leaf in leaves])[:-1]) if len(leaves) > 1 else [whole]
+    return {path: jnp.asarray(piece, dtype=dtype) for (path, _, _), piece in zip(leaves, pieces, strict=True)}
+
+
+def save_folder(model: AbstractLM, names: Names, folder: Path, *, dtype: Any = None, extra_config: Mapping[str, Any] | None = None) -> None:
     """Write `config.json` and `model.safetensors`; `dtype=None` keeps the arrays' own. `extra_config` adds token ids and the like."""
+    config = model.config.to_hf()  # first: it may refuse
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        hf_key(path, names): np.asarray(leaf if dtype is None else leaf.astype(dtype)) for path, leaf in leaves_by_path(model).items()
-    }
+    tensors = {}
+    for key, leaves in _by_key(model, names).items():
+        pieces = [np.asarray(leaf if dtype is None else leaf.astype(dtype)) for _, _, leaf in leaves]
+        whole = np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+        tensors[key] = np.ascontiguousarray(whole.T) if leaves[0][1].transposed else whole
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     stored = str(next(iter(tensors.values())).dtype)
-    config = model.config.to_hf() | {"dtype": stored} | dict(extra_config or {})
+    config = config | {"dtype": stored} | dict(extra_config or {})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -15,7 +15,8 @@ from typing import Any, Literal, TypeVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import jax.random as jr
+from jaxtyping import Array, Float, Key
 
 from lm import kernels_cpu
 from lm.masks import Facts, may_attend
@@ -61,6 +62,11 @@ def rotate(
     return rotated.astype(x.dtype)
 
 
+def soft_cap(x: Float[Array, "*shape"], cap: float) -> Float[Array, "*shape"]:
+    """cap · tanh(x / cap): nearly x where small, never beyond ±cap (Gemma 2, arXiv:2408.00118, section 2)."""
+    return cap * jnp.tanh(x / cap)
+
+
 def attention(
     q: Float[Array, "*batch heads queries head_dim"],
     k: Float[Array, "*batch kv_heads keys head_dim"],
@@ -69,8 +75,15 @@ def attention(
     key_facts: Facts,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    *,
+    key: Key[Array, ""] | None = None,
 ) -> Float[Array, "*batch heads queries head_dim"]:
     """softmax(scale · q kᵀ, where `may_attend`) v (Vaswani et al. 2017, arXiv:1706.03762, eq. 1); scores and softmax in fp32.
+
+    `softcap` bends scores s to softcap · tanh(s / softcap) before the mask (Gemma 2, arXiv:2408.00118, section 2). `dropout` zeroes
+    probabilities, after the softmax, and scales up the rest; only where there is a `key`.
 
     With fewer `kv_heads` than `heads`, each key head serves heads / kv_heads neighbouring query heads (GQA, Ainslie et al. 2023,
     arXiv:2305.13245). The whole score matrix stands in memory: this is the reference the faster ones are tested against.
@@ -79,8 +92,13 @@ def attention(
     kv_heads = k.shape[-3]
     grouped = q.reshape(*batch, kv_heads, heads // kv_heads, queries, head_dim)
     scores = jnp.einsum("...hgqd,...hkd->...hgqk", grouped, k, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        scores = soft_cap(scores, softcap)
     allowed = may_attend(query_facts, key_facts, window)[..., None, None, :, :]
-    weights = jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(jnp.float32).min), axis=-1).astype(v.dtype)
+    weights = jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(jnp.float32).min), axis=-1)
+    if dropout > 0.0 and key is not None:
+        weights = jnp.where(jr.bernoulli(key, 1.0 - dropout, weights.shape), weights / (1.0 - dropout), 0.0)
+    weights = weights.astype(v.dtype)
     mixed = jnp.einsum("...hgqk,...hkd->...hgqd", weights, v, preferred_element_type=jnp.float32)
     return mixed.astype(q.dtype).reshape(*batch, heads, queries, head_dim)
 
@@ -92,7 +110,22 @@ def _jax_nn_attention(implementation: Literal["xla", "cudnn"]) -> Callable[..., 
     """`jax.nn.dot_product_attention` under our signature: `xla` runs anywhere, `cudnn` is the flash kernel of NVIDIA cards (bf16 or fp16
     only)."""
 
-    def attention(q: Array, k: Array, v: Array, query_facts: Facts, key_facts: Facts, scale: float, window: int | None = None) -> Array:
+    def attention(
+        q: Array,
+        k: Array,
+        v: Array,
+        query_facts: Facts,
+        key_facts: Facts,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        dropout: float = 0.0,
+        *,
+        key: Array | None = None,
+    ) -> Array:
+        if softcap is not None:
+            raise ValueError(f"backend {implementation!r} cannot soft-cap scores (softcap = {softcap}): use 'reference' or 'cpu'")
+        _refuse_dropout(implementation, dropout, key)
         *batch, heads, queries, head_dim = q.shape
 
         def four_axes(x: Array) -> Array:  # *batch heads seq head_dim -> batch seq heads head_dim
@@ -106,15 +139,34 @@ def _jax_nn_attention(implementation: Literal["xla", "cudnn"]) -> Callable[..., 
     return attention
 
 
+def _refuse_dropout(backend: str, dropout: float, key: Array | None) -> None:
+    """Dropout of attention probabilities asks for the probabilities, which fast backends never write down."""
+    if dropout > 0.0 and key is not None:
+        raise ValueError(f"backend {backend!r} cannot drop attention probabilities (rate {dropout}): use 'reference', or a rate of 0")
+
+
 # ------------------------------------------------------------------------------------------- CPU
 
 
-def _cpu_attention(q: Array, k: Array, v: Array, query_facts: Facts, key_facts: Facts, scale: float, window: int | None = None) -> Array:
+def _cpu_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    query_facts: Facts,
+    key_facts: Facts,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    *,
+    key: Array | None = None,
+) -> Array:
     """The blocked kernel where a row looks at itself, as in training; the reference where queries look into a cache, told by there being
     more keys than queries. (A prompt that fills its cache to the last slot is again a row that looks at itself.)"""
+    _refuse_dropout("cpu", dropout, key)
     if q.shape[-2] != k.shape[-2]:
-        return attention(q, k, v, query_facts, key_facts, scale, window)
-    return kernels_cpu.attention(q, k, v, query_facts.segments, scale, window)
+        return attention(q, k, v, query_facts, key_facts, scale, window, softcap)
+    return kernels_cpu.attention(q, k, v, query_facts.segments, scale, window, softcap)
 
 
 # ------------------------------------------------------------------------------------------- the table
@@ -141,8 +193,8 @@ class Ops:
 
 REFERENCE = Ops("reference")
 
-# Asked for by name; `train.runtime` tells which suits a device. A name that cannot run there fails when the program is compiled, with JAX's
-# words.
+# Asked for by name; `train.backends` tells which suits a device and a model. A name that cannot run there fails when the program is
+# compiled, with JAX's words.
 BACKENDS: dict[str, Ops] = {
     "reference": REFERENCE,
     "xla": Ops("xla", attention=_jax_nn_attention("xla")),

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
+from lm.masks import check_window
+
 BLOCK = 128  # queries, or keys, worked on at once: scores of a block stay near the processor, and little above the diagonal is computed
 
 
@@ -126,8 +128,9 @@ def attention(
     segments: Int[Array, "*#batch seq"],
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "*batch heads seq head_dim"]:
-    """softmax(scale · q kᵀ) v of a row with itself, block by block, never holding a `seq × seq` matrix.
+    """softmax(scale · q kᵀ, soft-capped where asked) v of a row with itself, block by block, never holding a `seq × seq` matrix.
 
     Of the facts it asks only for the segments: a token sees those of its own segment that stand before it in the row. That is `may_attend`
     for every row whose documents are whole and in order, positions counting up by one (packed, right-padded or left-padded). Padding alone
@@ -136,6 +139,7 @@ def attention(
     The heads that share a key head are laid one below the other as further query rows (GQA), so keys and values are never repeated and
     dk, dv come out summed over them.
     """
+    check_window(window)
     *batch, heads, seq, head_dim = q.shape
     kv_heads = k.shape[-3]
     flat_segments = jnp.broadcast_to(segments, (*batch, seq)).reshape(-1, seq)
@@ -146,6 +150,7 @@ def attention(
         flat_segments,
         scale,
         window,
+        softcap,
     )
     # The caller next lays the heads of a token side by side. Written out here and turned back in name only, that is one good copy; left to
     # be fused with the reshape behind it, it is a slow loop, in both passes.
@@ -153,7 +158,7 @@ def attention(
     return jnp.swapaxes(by_token, -3, -2)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _blocked(
     q: Float[Array, "n group seq head_dim"],
     k: Float[Array, "n seq head_dim"],
@@ -161,6 +166,7 @@ def _blocked(
     segments: Int[Array, "rows seq"],
     scale: float,
     window: int | None,
+    softcap: float | None,
 ) -> Float[Array, "n group seq head_dim"]:
     """`attention` with all batch axes and key heads as one axis, n = rows · kv_heads.
 
@@ -168,13 +174,15 @@ def _blocked(
     of its softmax's denominator (FlashAttention: Dao et al. 2022, arXiv:2205.14135, appendix B). Unlike there, a block of queries takes all
     its keys at once, so no running maximum is needed.
     """
-    return _blocked_forward(q, k, v, segments, scale, window)[0]
+    return _blocked_forward(q, k, v, segments, scale, window, softcap)[0]
 
 
 Saved = tuple[Array, Array, Array, Array, Array, Array]  # q, k, v, segments, output, log Σ exp(score) of each query
 
 
-def _blocked_forward(q: Array, k: Array, v: Array, segments: Array, scale: float, window: int | None) -> tuple[Array, Saved]:
+def _blocked_forward(
+    q: Array, k: Array, v: Array, segments: Array, scale: float, window: int | None, softcap: float | None
+) -> tuple[Array, Saved]:
     group, seq = q.shape[1:3]
     outs, log_sums = [], []
     for lo in range(0, seq, BLOCK):
@@ -182,7 +190,7 @@ def _blocked_forward(q: Array, k: Array, v: Array, segments: Array, scale: float
         # With a window, keys before the first query's reach are left out, in whole blocks: the products keep regular sizes.
         first = 0 if window is None else max(0, lo - window + 1) // BLOCK * BLOCK
         queries, keys = slice(lo, hi), slice(first, hi)
-        scores = _batched(_stacked(q[:, :, queries]), k[:, keys], 2, 2) * scale
+        scores = _capped(_batched(_stacked(q[:, :, queries]), k[:, keys], 2, 2) * scale, softcap)
         allowed = _allowed(segments, queries, keys, window)[:, None, None]  # rows kv_heads group queries keys
         scores = jnp.where(allowed, scores.reshape(len(segments), -1, group, *allowed.shape[-2:]), jnp.finfo(jnp.float32).min)
         scores = scores.reshape(-1, group * (hi - lo), hi - first)
@@ -196,7 +204,9 @@ def _blocked_forward(q: Array, k: Array, v: Array, segments: Array, scale: float
     return out, (q, k, v, segments, out, jnp.concatenate(log_sums, axis=2))
 
 
-def _blocked_backward(scale: float, window: int | None, saved: Saved, d_out: Array) -> tuple[Array, Array, Array, None]:
+def _blocked_backward(
+    scale: float, window: int | None, softcap: float | None, saved: Saved, d_out: Array
+) -> tuple[Array, Array, Array, None]:
     """A block of keys at a time, with all the queries that see it: its dk and dv are then complete, and only dq is a sum over blocks.
 
     Scores are made transposed, Sᵀ = k qᵀ, keys down and queries across: then dv = Pᵀ dO and dk = dSᵀ q are plain row-major products, and
@@ -218,11 +228,14 @@ def _blocked_backward(scale: float, window: int | None, saved: Saved, d_out: Arr
         allowed = jnp.swapaxes(_allowed(segments, queries, keys, window), 1, 2)[:, None, :, None]  # rows kv_heads keys group queries
         q_rows, d_out_rows = _stacked(q[:, :, queries]), _stacked(d_out[:, :, queries])
 
-        scores = _batched(k[:, keys], q_rows, 2, 2) * scale
+        scores = _capped(_batched(k[:, keys], q_rows, 2, 2) * scale, softcap)
         weights = jnp.exp(scores - log_sums[:, :, queries].reshape(of_query))
         weights = jnp.where(allowed, weights.reshape(len(segments), -1, hi - lo, group, last - lo), 0).reshape(scores.shape)
         d_weights = _batched(v[:, keys], d_out_rows, 2, 2)
-        d_scores = (weights * (d_weights - shift[:, :, queries].reshape(of_query)) * scale).astype(k.dtype)
+        d_scores = weights * (d_weights - shift[:, :, queries].reshape(of_query)) * scale
+        if softcap is not None:
+            d_scores = d_scores * (1 - jnp.square(scores / softcap))  # the slope of c tanh(s / c), said by what came out
+        d_scores = d_scores.astype(k.dtype)
 
         dv.append(_batched(weights.astype(v.dtype), d_out_rows, 2, 1))
         dk.append(_batched(d_scores, q_rows, 2, 1))
@@ -232,6 +245,11 @@ def _blocked_backward(scale: float, window: int | None, saved: Saved, d_out: Arr
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)
+
+
+def _capped(scores: Array, softcap: float | None) -> Array:
+    """`lm.kernels.soft_cap`, or nothing."""
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
 def _allowed(segments: Array, queries: slice, keys: slice, window: int | None) -> Bool[Array, "rows queries keys"]:

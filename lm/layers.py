@@ -16,8 +16,38 @@ from lm.kernels import REFERENCE, Ops
 
 Activation = Callable[[Array], Array]
 
-# Hugging Face's names for `hidden_act`.
-ACTIVATIONS: dict[str, Activation] = {"silu": jax.nn.silu}
+
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """x Φ(x), Φ the distribution function of the normal law, exactly (Hendrycks and Gimpel 2016, arXiv:1606.08415)."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def gelu_tanh(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """GELU with Φ written by a tanh: ½ x (1 + tanh(√(2/π) (x + 0.044715 x³))), as in GPT-2 (arXiv:1606.08415, section 2)."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def relu2(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """max(x, 0)² (So et al. 2021, arXiv:2109.08668)."""
+    return jnp.square(jax.nn.relu(x))
+
+
+# Hugging Face's names for `hidden_act`. Two of them are one function.
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": gelu,
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "relu": jax.nn.relu,
+    "relu2": relu2,
+    "silu": jax.nn.silu,
+}
+
+
+def activation_named(name: str) -> Activation:
+    """The activation of that Hugging Face name, or an error that lists them."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation {name!r} is not known; known are {', '.join(sorted(ACTIVATIONS))}")
+    return ACTIVATIONS[name]
 
 
 class Linear(eqx.Module):
@@ -65,8 +95,49 @@ class RMSNorm(eqx.Module):
         return self.ops.rms_norm(x, self.scale, self.eps)
 
 
+class LayerNorm(eqx.Module):
+    """(x - mean) / √(variance + eps) · scale + bias over the last axis, in fp32 (Ba et al. 2016, arXiv:1607.06450)."""
+
+    scale: Float[Array, " d"]
+    bias: Float[Array, " d"] | None
+    eps: float = eqx.field(static=True)
+
+    @staticmethod
+    def init(d: int, eps: float, *, bias: bool = True) -> "LayerNorm":
+        return LayerNorm(jnp.ones(d), jnp.zeros(d) if bias else None, eps)
+
+    def __call__(self, x: Float[Array, "*batch {self.scale.shape[0]}"]) -> Float[Array, "*batch {self.scale.shape[0]}"]:
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + self.eps) * self.scale
+        return (y if self.bias is None else y + self.bias).astype(x.dtype)
+
+
+class MLP(eqx.Module):
+    """down(act(up(x))), the plain two-layer perceptron of Vaswani et al. 2017 (arXiv:1706.03762, eq. 2)."""
+
+    up_proj: Linear  # d_model → d_ff
+    down_proj: Linear  # d_ff → d_model
+    activation: Activation = eqx.field(static=True, default=gelu)
+
+    @staticmethod
+    def init(
+        d_model: int, d_ff: int, *, std: float, out_std: float, key: Key[Array, ""], activation: Activation = gelu, bias: bool = False
+    ) -> "MLP":
+        """`out_std` is the standard deviation of `down_proj`, which writes into the residual stream."""
+        up_key, down_key = jr.split(key)
+        return MLP(
+            Linear.init(d_model, d_ff, std=std, key=up_key, bias=bias),
+            Linear.init(d_ff, d_model, std=out_std, key=down_key, bias=bias),
+            activation,
+        )
+
+    def __call__(self, x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_model"]:
+        return self.down_proj(self.activation(self.up_proj(x)))
+
+
 class GatedMLP(eqx.Module):
-    """down(act(gate(x)) · up(x)); with SiLU this is SwiGLU (Shazeer 2020, arXiv:2002.05202, eq. 6)."""
+    """down(act(gate(x)) · up(x)): with SiLU this is SwiGLU, with GELU GeGLU (Shazeer 2020, arXiv:2002.05202, eq. 6)."""
 
     gate_proj: Linear  # d_model → d_ff
     up_proj: Linear  # d_model → d_ff

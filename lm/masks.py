@@ -12,6 +12,7 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 PADDING = 0  # segment of tokens that stand for nothing; real documents count from 1
@@ -39,11 +40,42 @@ def may_attend(queries: Facts, keys: Facts, window: int | None = None) -> Bool[A
 
     Padding sees only padding, so no row of the mask of a padded batch is empty.
     """
+    check_window(window)
     q_positions, k_positions = queries.positions[..., :, None], keys.positions[..., None, :]
     allowed = (queries.segments[..., :, None] == keys.segments[..., None, :]) & (k_positions <= q_positions)
     if window is not None:
         allowed &= q_positions - k_positions < window
     return allowed
+
+
+def mask_picture(facts: Facts, window: int | None = None) -> str:
+    """The mask of one row as text for a terminal: a line a query, a column a key.
+
+    `■` is a token of the same document that the query sees, `□` the query itself, `·` what it does not see. On the left each query's
+    segment and position. For a row of two documents and one place of padding:
+
+        1:0 □ · · · ·
+        1:1 ■ □ · · ·
+        2:0 · · □ · ·
+        2:1 · · ■ □ ·
+        0:0 · · · · □
+    """
+    if facts.positions.ndim != 1:
+        raise ValueError(f"a picture is of one row; these facts have shape {facts.positions.shape}: take one, as in positions[0]")
+    allowed = np.asarray(may_attend(facts, facts, window))
+    names = [f"{segment}:{position}" for segment, position in zip(facts.segments.tolist(), facts.positions.tolist(), strict=True)]
+    width = max(map(len, names), default=0)
+    lines = []
+    for query, (name, row) in enumerate(zip(names, allowed, strict=True)):
+        cells = ["·" if not seen else "□" if key == query else "■" for key, seen in enumerate(row)]
+        lines.append(f"{name:>{width}} {' '.join(cells)}")
+    return "\n".join(lines)
+
+
+def check_window(window: int | None) -> None:
+    """A window that shows nothing, in words."""
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 (a token sees itself), or None to see all earlier ones; got {window}")
 
 
 def default_facts(tokens: Int[Array, "*batch seq"], start: Int[Array, ""] | int = 0) -> Facts:

@@ -45,6 +45,7 @@ from lm.flight import Flight
 from lm.generate import Sampler
 from lm.models.qwen3 import Qwen3Config
 from recipes.command_line import CONFIG_FILE, RecipeConfig, claimed, fail, how_to_resume, load_config, parse, resumable
+from train.backends import choose_backend, choose_dtype
 from train.checkpoint import CheckpointError, Checkpoints
 from train.logs import RunLog, mfu, model_flops_per_token, plain_messages, plot_curves, progress, read_metrics, words_kept, write_json
 from train.loop import bits_per_byte, interruptible, nats_by_document, steps
@@ -92,7 +93,7 @@ class Config(RecipeConfig):
     run_dir: Path | None = resumable(None, description="folder of the run; None: runs/pretrain_small-DATE-TIME")
     resume: bool = resumable(False, description="go on where the run in --run-dir (or the latest one) stopped")
     device: Literal["auto", "cpu", "gpu", "tpu"] = resumable("auto", description="where to compute")
-    backend: str = resumable("auto", description="kernels: auto (cpu on a CPU with bf16, else xla) or one of " + ", ".join(lm.BACKENDS))
+    backend: str = resumable("auto", description="kernels: auto (the rule of train.backends) or one of " + ", ".join(lm.BACKENDS))
     dtype: Literal["auto", "float32", "bfloat16"] = resumable(
         "auto",
         description="operands of matrix products; masters stay float32. float32 on a GPU or TPU means its default: TF32, or bf16 passes",
@@ -387,19 +388,11 @@ def encode(documents: Any, tokenizer: Tokenizer, source: Source, split: str) -> 
 
 
 def choose_flight(config: Config, device: jax.Device) -> tuple[lm.Ops, Flight]:
-    """Kernels, dtype and layer loop for this device, unless the user named them. What is chosen is printed and recorded.
-
-    auto: on a CPU with bf16 instructions our kernels in bf16, on another CPU plain JAX in fp32; elsewhere JAX's own attention in bf16.
-    """
-    on_cpu = device.platform == "cpu"
-    bf16 = not on_cpu or "avx512_bf16" in device_facts(device)["cpu_flags"]
-    backend = config.backend if config.backend != "auto" else "cpu" if on_cpu and bf16 else "reference" if on_cpu else "xla"
-    needs = {"cpu": "cpu", "cudnn": "gpu"}.get(backend, device.platform)
-    if needs != device.platform:
-        others = ", ".join(name for name in lm.BACKENDS if name not in ("cpu", "cudnn"))
-        raise ValueError(f"--backend {backend} runs on a {needs}, and this is a {device.platform}: leave it out, or take one of {others}")
-    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if bf16 else "float32"
+    """Kernels, dtype and layer loop for this device, unless the user named them. What is chosen is printed and recorded."""
+    facts = device_facts(device)
+    dtype = config.dtype if config.dtype != "auto" else choose_dtype(facts)
     layers = config.layers if config.layers != "auto" else "scan" if config.n_layers > 12 else "loop"
+    backend = choose_backend(facts, dtype=dtype, head_dim=config.d_model // config.n_heads, seq=config.seq, asked=config.backend)
     return lm.BACKENDS[backend], Flight(layers=layers, remat=config.remat, dtype=dtype)
 
 

@@ -30,6 +30,6 @@ import pytest  # noqa: E402
 from tiny import tiny  # noqa: E402
 
 
-@pytest.fixture(params=["llama", "qwen3"])
+@pytest.fixture(params=["gpt2", "llama", "qwen3"])
 def model(request):
     return tiny(request.param)

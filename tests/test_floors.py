@@ -20,7 +20,7 @@ LM_FLOORS = (
     ("layers", "rope", "cache", "moe"),
     ("base",),
     ("attention",),
-    ("flight", "adapters", "surgery", "inside", "generate", "hf", "gguf", "models.*"),
+    ("flight", "adapters", "surgery", "inside", "generate", "hf", "hf_config", "gguf", "models.*"),
     ("models",),
     ("",),  # lm/__init__.py
 )

@@ -307,6 +307,7 @@ def device_facts(device: "jax.Device | None" = None) -> dict[str, Any]:
     return {
         "platform": device.platform,
         "device_kind": device.device_kind,
+        "compute_capability": getattr(device, "compute_capability", None),  # of NVIDIA cards
         "device_count": jax.device_count(),
         "process_count": jax.process_count(),
         "memory_bytes": _memory_bytes(device),  # of one device; on a CPU, of the machine

@@ -72,6 +72,7 @@ def make_step(optimizer: optax.GradientTransformation, config: StepConfig, fligh
             ops=ops,
             dtype=jnp.dtype(flight.dtype),
             z_loss=config.z_loss,
+            softcap=flying.logit_softcap,
             chunk=config.loss_chunk,
         )
         return loss.total, loss
@@ -131,6 +132,7 @@ def make_token_nats(flight: Flight, ops: Ops, chunk: int = 1024) -> Callable[[Ab
         flying = put_on_flight(model, flight, ops)
         facts = Facts(jnp.asarray(batch.positions), jnp.asarray(batch.segments))
         hidden, _, _ = flying.hidden(jnp.asarray(batch.tokens), facts)
-        return -token_log_probs(hidden, flying.unembedding, jnp.asarray(batch.targets), ops=ops, dtype=jnp.dtype(flight.dtype), chunk=chunk)
+        settings: dict[str, Any] = {"ops": ops, "dtype": jnp.dtype(flight.dtype), "softcap": flying.logit_softcap, "chunk": chunk}
+        return -token_log_probs(hidden, flying.unembedding, jnp.asarray(batch.targets), **settings)
 
     return lambda model, batch: token_nats(model, jax.tree.map(jnp.asarray, batch))

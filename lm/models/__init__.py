@@ -1,15 +1,15 @@
 """The drawings, by the name Hugging Face files know them under. A new architecture is one file beside these and one line here."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxtyping import Array, Key
 
 from lm.base import AbstractLM
-from lm.hf import abstract, load_weights, save_folder
-from lm.models import llama, qwen3
+from lm.hf import Names, abstract, load_weights, save_folder
+from lm.models import gpt2, llama, qwen3
 
 
 class Architecture(NamedTuple):
@@ -17,11 +17,13 @@ class Architecture(NamedTuple):
 
     config: Any  # pydantic class with from_hf and to_hf
     model: Any  # AbstractLM with init(config, *, key)
-    hf_names: dict[str, str]  # role of a leaf → key in the file
+    hf_names: Names  # role of a leaf → key in the file
     presets: dict[str, Any]
+    current_key: Callable[[str], str | None] = lambda key: key  # of a key in an older file; None: no weight
 
 
 ARCHITECTURES: dict[str, Architecture] = {
+    "gpt2": Architecture(gpt2.GPT2Config, gpt2.GPT2, gpt2.HF_NAMES, gpt2.PRESETS, gpt2.current_key),
     "llama": Architecture(llama.LlamaConfig, llama.Llama, llama.HF_NAMES, llama.PRESETS),
     "qwen3": Architecture(qwen3.Qwen3Config, qwen3.Qwen3, qwen3.HF_NAMES, qwen3.PRESETS),
 }
@@ -57,7 +59,8 @@ def load_pretrained(folder: str | Path, *, dtype: Any = None) -> AbstractLM:
         raise ValueError(f"{path} is of model_type {model_type!r}; known are {', '.join(sorted(ARCHITECTURES))}")
     architecture = ARCHITECTURES[model_type]
     config = architecture.config.from_hf(raw)
-    return load_weights(abstract(architecture.model.init, config), architecture.hf_names, Path(folder), dtype=dtype)
+    skeleton = abstract(architecture.model.init, config)
+    return load_weights(skeleton, architecture.hf_names, Path(folder), dtype=dtype, current_key=architecture.current_key)
 
 
 def save_pretrained(model: AbstractLM, folder: str | Path, *, dtype: Any = None, extra_config: Mapping[str, Any] | None = None) -> None:

@@ -18,7 +18,7 @@ from lm import rope
 from lm.attention import Attention
 from lm.base import AbstractBlock, AbstractLM, Aux, add_aux, aligned, facts_or_default, mark
 from lm.cache import LayerCache
-from lm.hf import ConfigReader, check_heads, read_rope_base
+from lm.hf_config import ConfigReader, check_heads, read_rope, refuse_native, write_rope
 from lm.layers import Embedding, GatedMLP, Linear, RMSNorm, dropout
 from lm.masks import Facts
 
@@ -37,15 +37,30 @@ class LlamaConfig(BaseModel, frozen=True, extra="forbid"):
     d_ff: int = Field(gt=0)  # intermediate_size
     context: int = Field(gt=0)  # max_position_embeddings
     rope_base: float = Field(10_000.0, gt=0)  # rope_theta
+    rope_scaling: rope.Scaling | None = Field(None, discriminator="kind")  # rope_scaling
+    rope_fraction: float = Field(1.0, gt=0, le=1)  # of head_dim that is rotated; native only
     norm_eps: float = Field(1e-5, gt=0)  # rms_norm_eps
     tied: bool = False  # tie_word_embeddings
     attention_bias: bool = False  # attention_bias
     init_std: float = Field(0.02, gt=0)  # initializer_range
     dropout: float = Field(0.0, ge=0, lt=1)  # of embedding and residual branches, in training; not a Llama key, so never exported
+    attention_dropout: float = Field(0.0, ge=0, lt=1)  # of attention probabilities, in training; attention_dropout
+    attention_softcap: float | None = Field(None, gt=0)  # bounds the scores; native only
+    logit_softcap: float | None = Field(None, gt=0)  # bounds the logits; native only
+
+    # A number for each layer in place of one for all; native only.
+    n_heads_by_layer: tuple[int, ...] | None = None
+    d_ff_by_layer: tuple[int, ...] | None = None
+    window_by_layer: tuple[int | None, ...] | None = None  # positions a query sees, itself included; None: all
 
     @model_validator(mode="after")
-    def _heads(self) -> "LlamaConfig":
-        check_heads(self.n_heads, self.n_kv_heads, self.head_dim)
+    def _whole(self) -> "LlamaConfig":
+        for n_heads in self.n_heads_by_layer or (self.n_heads,):
+            check_heads(n_heads, self.n_kv_heads, int(self.head_dim * self.rope_fraction))
+        for name in ("n_heads_by_layer", "d_ff_by_layer", "window_by_layer"):
+            numbers = getattr(self, name)
+            if numbers is not None and (len(numbers) != self.n_layers or any(n is not None and n < 1 for n in numbers)):
+                raise ValueError(f"{name} must be {self.n_layers} numbers above 0, one for each of n_layers; got {numbers}")
         return self
 
     @staticmethod
@@ -53,6 +68,7 @@ class LlamaConfig(BaseModel, frozen=True, extra="forbid"):
         """Read a `config.json`. Each key is used, known to be harmless, or refused by name."""
         read = ConfigReader(config, "llama")
         n_heads, d_model = read.take("num_attention_heads"), read.take("hidden_size")
+        context = read.take("max_position_embeddings", 2048)
         result = LlamaConfig(
             vocab=read.take("vocab_size"),
             d_model=d_model,
@@ -61,20 +77,26 @@ class LlamaConfig(BaseModel, frozen=True, extra="forbid"):
             n_kv_heads=read.take("num_key_value_heads", n_heads),
             head_dim=read.take("head_dim", d_model // n_heads),
             d_ff=read.take("intermediate_size"),
-            context=read.take("max_position_embeddings", 2048),
-            rope_base=read_rope_base(read),
+            context=context,
             norm_eps=read.take("rms_norm_eps", 1e-6),
             tied=read.take("tie_word_embeddings", False),
             attention_bias=read.take("attention_bias", False),
             init_std=read.take("initializer_range", 0.02),
+            attention_dropout=read.take("attention_dropout", 0.0),
+            **read_rope(read, context),
         )
         read.expect("hidden_act", "silu", default="silu")
         read.expect("mlp_bias", False, default=False)
-        read.finish(harmless={"attention_dropout", "pretraining_tp"})  # of the original training, and of a deleted code path
+        read.finish(harmless={"pretraining_tp"})  # of a deleted code path
         return result
 
     def to_hf(self) -> dict[str, Any]:
-        """The `config.json` under which `transformers` computes the same function."""
+        """The `config.json` under which `transformers` computes the same function.
+
+        **Raises:** `ValueError` naming the settings it has no key for.
+        """
+        native = ("attention_softcap", "logit_softcap", "n_heads_by_layer", "d_ff_by_layer", "window_by_layer")
+        refuse_native("llama", **{name: getattr(self, name) for name in native})
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -86,13 +108,18 @@ class LlamaConfig(BaseModel, frozen=True, extra="forbid"):
             "head_dim": self.head_dim,
             "intermediate_size": self.d_ff,
             "max_position_embeddings": self.context,
-            "rope_theta": self.rope_base,
+            **write_rope(
+                self.model_type,
+                **self.model_dump(include={"rope_base", "rope_fraction", "head_dim", "context"}),
+                rope_scaling=self.rope_scaling,
+            ),
             "rms_norm_eps": self.norm_eps,
             "tie_word_embeddings": self.tied,
             "attention_bias": self.attention_bias,
             "mlp_bias": False,
             "hidden_act": "silu",
             "initializer_range": self.init_std,
+            "attention_dropout": self.attention_dropout,
         }
 
 
@@ -109,25 +136,30 @@ class Block(AbstractBlock):
     dropout: float = eqx.field(static=True, default=0.0)
 
     @staticmethod
-    def init(config: LlamaConfig, *, key: Key[Array, ""]) -> "Block":
+    def init(config: LlamaConfig, layer: int, *, key: Key[Array, ""]) -> "Block":
         """Maps that write into the stream start smaller by √(2 · n_layers), so that its variance does not grow with depth (Radford et al.
         2019)."""
         attn_key, mlp_key = jr.split(key)
         out_std = config.init_std / (2 * config.n_layers) ** 0.5
+        n_heads = config.n_heads_by_layer[layer] if config.n_heads_by_layer else config.n_heads
+        d_ff = config.d_ff_by_layer[layer] if config.d_ff_by_layer else config.d_ff
         return Block(
             attn_norm=RMSNorm.init(config.d_model, config.norm_eps),
             attn=Attention.init(
                 config.d_model,
-                config.n_heads,
+                n_heads,
                 config.n_kv_heads,
                 config.head_dim,
                 std=config.init_std,
                 out_std=out_std,
                 key=attn_key,
                 bias=config.attention_bias,
+                window=config.window_by_layer[layer] if config.window_by_layer else None,
+                softcap=config.attention_softcap,
+                dropout=config.attention_dropout,
             ),
             mlp_norm=RMSNorm.init(config.d_model, config.norm_eps),
-            mlp=GatedMLP.init(config.d_model, config.d_ff, std=config.init_std, out_std=out_std, key=mlp_key),
+            mlp=GatedMLP.init(config.d_model, d_ff, std=config.init_std, out_std=out_std, key=mlp_key),
             dropout=config.dropout,
         )
 
@@ -139,8 +171,8 @@ class Block(AbstractBlock):
         *,
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "*batch seq d_model"], LayerCache | None, Aux]:
-        attn_key, mlp_key = (None, None) if key is None else jr.split(key)
-        y, cache = self.attn(self.attn_norm(x), facts, cache)
+        attn_key, mlp_key, probabilities_key = (None, None, None) if key is None else jr.split(key, 3)
+        y, cache = self.attn(self.attn_norm(x), facts, cache, key=probabilities_key)
         x = (x + dropout(y, self.dropout, attn_key)).astype(x.dtype)  # the stream keeps its dtype whatever the weights'
         y = mark(self.mlp(self.mlp_norm(x)), "mlp.out")
         x = (x + dropout(y, self.dropout, mlp_key)).astype(x.dtype)
@@ -168,7 +200,7 @@ class Llama(AbstractLM):
         return Llama(
             config=config,
             embed=Embedding.init(config.vocab, config.d_model, std=config.init_std, key=embed_key),
-            blocks=tuple(Block.init(config, key=k) for k in jr.split(blocks_key, config.n_layers)),
+            blocks=tuple(Block.init(config, i, key=k) for i, k in enumerate(jr.split(blocks_key, config.n_layers))),
             norm=RMSNorm.init(config.d_model, config.norm_eps),
             unembed=None if config.tied else Linear.init(config.d_model, config.vocab, std=config.init_std, key=unembed_key),
         )
@@ -176,6 +208,10 @@ class Llama(AbstractLM):
     @property
     def unembedding(self) -> Float[Array, "vocab d_model"]:
         return self.embed.weight if self.unembed is None else self.unembed.weight
+
+    @property
+    def logit_softcap(self) -> float | None:
+        return self.config.logit_softcap
 
     def hidden(
         self,
@@ -186,7 +222,8 @@ class Llama(AbstractLM):
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "*batch seq d_model"], tuple[Any, ...] | None, Aux]:
         facts = facts_or_default(tokens, facts, cache)
-        tables = rope.tables(facts.positions, rope.frequencies(self.config.head_dim, self.config.rope_base))
+        c = self.config
+        tables = rope.tables_of(facts.positions, c.head_dim, c.rope_base, c.rope_scaling, c.rope_fraction)
         facts = Facts(facts.positions, facts.segments, tables)
         embed_key, blocks_key = (None, None) if key is None else jr.split(key)
 

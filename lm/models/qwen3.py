@@ -17,7 +17,7 @@ from lm import rope
 from lm.attention import Attention
 from lm.base import AbstractBlock, AbstractLM, Aux, add_aux, aligned, facts_or_default, mark
 from lm.cache import LayerCache
-from lm.hf import ConfigReader, check_heads, read_rope_base
+from lm.hf_config import ConfigReader, check_heads, read_rope, refuse_native, write_rope
 from lm.layers import Embedding, GatedMLP, Linear, RMSNorm, dropout
 from lm.masks import Facts
 
@@ -36,15 +36,20 @@ class Qwen3Config(BaseModel, frozen=True, extra="forbid"):
     d_ff: int = Field(gt=0)  # intermediate_size
     context: int = Field(gt=0)  # max_position_embeddings
     rope_base: float = Field(1_000_000.0, gt=0)  # rope_theta
+    rope_scaling: rope.Scaling | None = Field(None, discriminator="kind")  # rope_scaling
+    rope_fraction: float = Field(1.0, gt=0, le=1)  # of head_dim that is rotated; native only
     norm_eps: float = Field(1e-6, gt=0)  # rms_norm_eps
     tied: bool = False  # tie_word_embeddings
     attention_bias: bool = False  # attention_bias
     init_std: float = Field(0.02, gt=0)  # initializer_range
     dropout: float = Field(0.0, ge=0, lt=1)  # of embedding and residual branches, in training; not a Qwen3 key, so never exported
+    attention_dropout: float = Field(0.0, ge=0, lt=1)  # of attention probabilities, in training; attention_dropout
+    attention_softcap: float | None = Field(None, gt=0)  # bounds the scores; native only
+    logit_softcap: float | None = Field(None, gt=0)  # bounds the logits; native only
 
     @model_validator(mode="after")
     def _heads(self) -> "Qwen3Config":
-        check_heads(self.n_heads, self.n_kv_heads, self.head_dim)
+        check_heads(self.n_heads, self.n_kv_heads, int(self.head_dim * self.rope_fraction))
         return self
 
     @staticmethod
@@ -52,6 +57,7 @@ class Qwen3Config(BaseModel, frozen=True, extra="forbid"):
         """Read a `config.json`. Each key is used, known to be harmless, or refused by name."""
         read = ConfigReader(config, "qwen3")
         n_heads, d_model = read.take("num_attention_heads"), read.take("hidden_size")
+        context = read.take("max_position_embeddings", 32_768)
         result = Qwen3Config(
             vocab=read.take("vocab_size"),
             d_model=d_model,
@@ -60,22 +66,26 @@ class Qwen3Config(BaseModel, frozen=True, extra="forbid"):
             n_kv_heads=read.take("num_key_value_heads", n_heads),
             head_dim=read.take("head_dim", 128),
             d_ff=read.take("intermediate_size"),
-            context=read.take("max_position_embeddings", 32_768),
-            rope_base=read_rope_base(read),
+            context=context,
             norm_eps=read.take("rms_norm_eps", 1e-6),
             tied=read.take("tie_word_embeddings", False),
             attention_bias=read.take("attention_bias", False),
             init_std=read.take("initializer_range", 0.02),
+            attention_dropout=read.take("attention_dropout", 0.0),
+            **read_rope(read, context),
         )
         read.expect("hidden_act", "silu", default="silu")
         read.expect("use_sliding_window", False, default=False)
         read.expect("layer_types", ["full_attention"] * result.n_layers, default=None)
-        # of the original training; and two numbers that mean something only with use_sliding_window
-        read.finish(harmless={"attention_dropout", "sliding_window", "max_window_layers"})
+        read.finish(harmless={"sliding_window", "max_window_layers"})  # mean something only with use_sliding_window
         return result
 
     def to_hf(self) -> dict[str, Any]:
-        """The `config.json` under which `transformers` computes the same function."""
+        """The `config.json` under which `transformers` computes the same function.
+
+        **Raises:** `ValueError` naming the settings it has no key for.
+        """
+        refuse_native("qwen3", attention_softcap=self.attention_softcap, logit_softcap=self.logit_softcap)
         return {
             "architectures": ["Qwen3ForCausalLM"],
             "model_type": "qwen3",
@@ -87,13 +97,18 @@ class Qwen3Config(BaseModel, frozen=True, extra="forbid"):
             "head_dim": self.head_dim,
             "intermediate_size": self.d_ff,
             "max_position_embeddings": self.context,
-            "rope_theta": self.rope_base,
+            **write_rope(
+                self.model_type,
+                **self.model_dump(include={"rope_base", "rope_fraction", "head_dim", "context"}),
+                rope_scaling=self.rope_scaling,
+            ),
             "rms_norm_eps": self.norm_eps,
             "tie_word_embeddings": self.tied,
             "attention_bias": self.attention_bias,
             "use_sliding_window": False,
             "hidden_act": "silu",
             "initializer_range": self.init_std,
+            "attention_dropout": self.attention_dropout,
         }
 
 
@@ -126,6 +141,8 @@ class Block(AbstractBlock):
                 out_std=out_std,
                 key=attn_key,
                 bias=config.attention_bias,
+                softcap=config.attention_softcap,
+                dropout=config.attention_dropout,
                 qk_norm_eps=config.norm_eps,
             ),
             mlp_norm=RMSNorm.init(config.d_model, config.norm_eps),
@@ -141,8 +158,8 @@ class Block(AbstractBlock):
         *,
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "*batch seq d_model"], LayerCache | None, Aux]:
-        attn_key, mlp_key = (None, None) if key is None else jr.split(key)
-        y, cache = self.attn(self.attn_norm(x), facts, cache)
+        attn_key, mlp_key, probabilities_key = (None, None, None) if key is None else jr.split(key, 3)
+        y, cache = self.attn(self.attn_norm(x), facts, cache, key=probabilities_key)
         x = (x + dropout(y, self.dropout, attn_key)).astype(x.dtype)  # the stream keeps its dtype whatever the weights'
         y = mark(self.mlp(self.mlp_norm(x)), "mlp.out")
         x = (x + dropout(y, self.dropout, mlp_key)).astype(x.dtype)
@@ -179,6 +196,10 @@ class Qwen3(AbstractLM):
     def unembedding(self) -> Float[Array, "vocab d_model"]:
         return self.embed.weight if self.unembed is None else self.unembed.weight
 
+    @property
+    def logit_softcap(self) -> float | None:
+        return self.config.logit_softcap
+
     def hidden(
         self,
         tokens: Int[Array, "*batch seq"],
@@ -188,7 +209,8 @@ class Qwen3(AbstractLM):
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "*batch seq d_model"], tuple[Any, ...] | None, Aux]:
         facts = facts_or_default(tokens, facts, cache)
-        tables = rope.tables(facts.positions, rope.frequencies(self.config.head_dim, self.config.rope_base))
+        c = self.config
+        tables = rope.tables_of(facts.positions, c.head_dim, c.rope_base, c.rope_scaling, c.rope_fraction)
         facts = Facts(facts.positions, facts.segments, tables)
         embed_key, blocks_key = (None, None) if key is None else jr.split(key)
 

@@ -22,7 +22,7 @@ MANIFEST = {
 RESULTS = {"held_out_bytes": 1, "bits_per_byte": 1.0, "xz": 1.0, "xz_primed": 1.0}
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
 def test_an_export_loads_without_custom_code_and_computes_the_same(name, tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

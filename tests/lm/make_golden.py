@@ -23,9 +23,21 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 
+
+def llama(rope: dict) -> transformers.LlamaConfig:
+    """A base of 50 makes the few pairs of a tiny head turn at speeds on all sides of the kinds' thresholds."""
+    return transformers.LlamaConfig(**SIZES, rms_norm_eps=1e-5, tie_word_embeddings=True, rope_parameters=rope | {"rope_theta": 50.0})
+
+
 MODELS = {
     "llama-untied": transformers.LlamaConfig(**SIZES, rms_norm_eps=1e-5, rope_theta=10_000.0, tie_word_embeddings=False),
     "llama-bias": transformers.LlamaConfig(**SIZES, rms_norm_eps=3e-4, rope_theta=500.0, tie_word_embeddings=True, attention_bias=True),
+    "llama-linear": llama({"rope_type": "linear", "factor": 3.0}),
+    "llama-llama3": llama(
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    ),
+    "llama-yarn": llama({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 1.5, "beta_slow": 0.2}),
+    "gpt2": transformers.GPT2Config(vocab_size=97, n_embd=24, n_layer=3, n_head=6, n_inner=40, n_positions=64, layer_norm_epsilon=3e-4),
     "qwen3": transformers.Qwen3Config(**SIZES, rms_norm_eps=1e-6, rope_theta=1_000_000.0, tie_word_embeddings=True),
 }
 

@@ -18,7 +18,7 @@ FLIGHTS = [Flight(layers=layers, remat=remat) for layers in ("loop", "scan") for
 
 @lru_cache
 def loss_and_gradient(flight, dropout):
-    model = tiny("qwen3", dropout=dropout)
+    model = tiny("qwen3", dropout=dropout, attention_dropout=dropout / 2)
     batch = packed_batch()
 
     @jax.jit

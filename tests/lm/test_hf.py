@@ -10,6 +10,12 @@ from tiny import tiny, tiny_config
 import lm
 
 
+@pytest.fixture(params=["llama", "qwen3"])
+def model(request):
+    """Those whose keys the tests below name; what gpt2's files ask for beyond that is in test_gpt2.py."""
+    return tiny(request.param)
+
+
 def same(one, other):
     return all(
         a.dtype == b.dtype and np.array_equal(np.asarray(a), np.asarray(b))
@@ -77,9 +83,9 @@ def test_shards_are_read_through_their_index(model, tmp_path):
     ("key", "value", "words"),
     [
         ("hidden_act", "gelu", "hidden_act = 'gelu'"),
-        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}, "'yarn'"),
+        ("rope_scaling", {"rope_type": "longrope", "factor": 4.0}, "'longrope'; known are default, linear"),
         ("attention_multiplier", 0.5, "attention_multiplier"),
-        ("model_type", "mamba", "known are llama, qwen3"),
+        ("model_type", "mamba", "known are gpt2, llama, qwen3"),
     ],
 )
 def test_config_keys_that_change_the_function_are_refused(key, value, words, tmp_path):
@@ -102,7 +108,8 @@ def test_configs_go_out_and_come_back(name):
 def test_presets_have_the_published_number_of_parameters():
     import equinox as eqx
 
-    published = {"smollm2-135m": 134_515_008, "tinyllama-1.1b": 1_100_048_384, "qwen3-0.6b": 596_049_920, "qwen3-1.7b": 1_720_574_976}
+    published = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168}
+    published |= {"smollm2-135m": 134_515_008, "tinyllama-1.1b": 1_100_048_384, "qwen3-0.6b": 596_049_920, "qwen3-1.7b": 1_720_574_976}
     counted = {}
     for architecture in lm.ARCHITECTURES.values():
         for name, config in architecture.presets.items():

@@ -39,14 +39,14 @@ def inputs(seq, rows=(), heads=6, kv_heads=2, head_dim=HEAD_DIM, seed=0):
     return [jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in shapes]
 
 
-def value_and_gradients(attention, facts, arrays, window=None, dtype=jnp.float32):
+def value_and_gradients(attention, facts, arrays, window=None, dtype=jnp.float32, softcap=None):
     """Output, dq, dk, dv. Nothing flows into padding, whose output means nothing."""
     *qkv, cotangent = arrays
     real = (facts.segments > 0)[..., None, :, None]
 
     @jax.jit
     def run(q, k, v):
-        out, pull = jax.vjp(lambda q, k, v: jnp.where(real, attention(q, k, v, facts, facts, SCALE, window), 0), q, k, v)
+        out, pull = jax.vjp(lambda q, k, v: jnp.where(real, attention(q, k, v, facts, facts, SCALE, window, softcap), 0), q, k, v)
         return out, *pull(cotangent.astype(dtype))
 
     return [np.float32(x) for x in run(*(x.astype(dtype) for x in qkv))]
@@ -77,6 +77,15 @@ def test_equals_reference_with_as_many_key_heads_and_with_one(heads, kv_heads):
 def test_equals_reference_in_a_window(window):
     one_document = lm.Facts(jnp.arange(300), jnp.ones(300, jnp.int32))
     assert_equals_reference(one_document, inputs(300), window)
+
+
+@pytest.mark.parametrize(("seq", "window"), [(23, None), (300, 50)])
+def test_equals_reference_with_soft_capped_scores(seq, window):
+    """Scores here are of order 1, so that a cap of 0.7 bends most of them."""
+    facts, arrays = packed_facts(seq, (2,), padding=seq // 5), inputs(seq, (2,))
+    got, expected = (value_and_gradients(attention, facts, arrays, window, softcap=0.7) for attention in (CPU, REFERENCE))
+    assert max(error(got, expected)) < ROUNDING
+    assert max(error(expected, value_and_gradients(REFERENCE, facts, arrays, window))) > 0.1  # the cap is felt
 
 
 def test_equals_reference_in_a_window_over_packed_rows():

@@ -131,5 +131,5 @@ def test_a_start_that_failed_does_not_use_up_its_folder(tmp_path, monkeypatch):
 
 
 def test_kernels_of_another_device_are_refused_at_the_door(tmp_path):
-    with pytest.raises(ValueError, match="--backend cudnn runs on a gpu, and this is a cpu"):
+    with pytest.raises(ValueError, match="backend 'cudnn' cannot be used here: it is the flash kernel of NVIDIA cards"):
         main(config_of("--backend", "cudnn", "--run-dir", tmp_path / "run"))

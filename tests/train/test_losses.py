@@ -57,6 +57,27 @@ def assert_close(one, other):
 # ------------------------------------------------------------------------------------------- next_token
 
 
+@pytest.mark.parametrize("chunk", [64, 16])
+def test_soft_capped_logits_are_those_of_the_plain_formula(chunk):
+    """Gemma 2: c tanh(x / c). Logits here reach 6, so that a cap of 1.5 bends them."""
+    arrays = example()
+
+    def plain(hidden, unembedding, targets, weights):
+        logits = 1.5 * jnp.tanh(hidden @ unembedding.T / 1.5)
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        log_p = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - log_z
+        return jnp.sum(weights * (0.03 * log_z**2 - log_p)), jnp.sum(weights * log_p)
+
+    def chunked(hidden, unembedding, targets, weights):
+        settings = {"ops": lm.REFERENCE, "softcap": 1.5, "chunk": chunk}
+        log_p = token_log_probs(hidden, unembedding, targets, **settings)
+        return next_token(hidden, unembedding, targets, weights, z_loss=0.03, **settings).total, jnp.sum(weights * log_p)
+
+    for i in range(2):
+        got, expected = (value_and_gradients(lambda *a, run=run, i=i: run(*a)[i], *arrays) for run in (chunked, plain))
+        assert worst(got, expected) < 2e-5
+
+
 @pytest.mark.parametrize(
     ("batch", "seq", "chunk", "z_loss"),
     [((5,), 7, 1024, 0.03), ((2, 3), 4, 12, 0.03), ((5,), 7, 16, 0.03), ((5,), 7, 16, 0.0), ((), 9, 4, 0.03), ((1,), 1, 1, 0.03)],
