@@ -1,21 +1,22 @@
 """The last hop of the data: rows to `Batch`es, for training without end (`train_batches`) and for evaluation.
 
-The batch of a step is a pure function of (cache, seed, step): rows are numbered 0, 1, 2, ... for ever, row g belongs to
-epoch g // rows_per_epoch, and every epoch packs the documents in a new order and deals its rows in another. Resuming, a
-different number of processes and "what was in batch 1,234" are index arithmetic, and no iterator has state to save.
+The batch of a step is a pure function of (cache, packing, seed, step): rows are numbered 0, 1, 2, ... for ever, row g belongs
+to epoch g // rows_per_epoch, and every epoch packs the documents in a new order and deals its rows in another. Every packing
+makes equally many rows of the same lengths in any order, so all epochs are equally long. Resuming, a different number of
+processes and "what was in batch 1,234" are index arithmetic, and no iterator has state to save.
 """
 
 import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import grain
 import numpy as np
 
 from data.cache import TokenCache
-from data.packing import Plan, build_row, describe, plan_concat, plan_windows, require_positive, row_documents
+from data.packing import PACKINGS, Packing, Plan, build_row, describe, plan_windows, require_positive, row_documents
 
 
 class Batch(NamedTuple):
@@ -32,18 +33,20 @@ class PackedRows:
     """Endless training rows of a cache, by number: `rows[g]` is a dict of the fields of `Batch`, each `[seq]`.
 
     A Grain random access source. The plan of an epoch takes about 50 bytes a document and is made when one of its rows is
-    first read; the last two are kept.
+    first read (that of epoch 0 at once, to count its rows); the last two are kept.
     """
 
-    def __init__(self, cache: TokenCache, *, seq: int, seed: int) -> None:
+    def __init__(self, cache: TokenCache, *, seq: int, seed: int, packing: Packing = "concat") -> None:
         require_positive(seq=seq)
         if seed < 0:
             raise ValueError(f"seed must be 0 or more, got {seed}")
-        self.cache, self.seq, self.seed = cache, seq, seed
+        if packing not in PACKINGS:
+            raise ValueError(f"packing must be one of {', '.join(PACKINGS)}, got {packing!r}")
+        self.cache, self.seq, self.seed, self.packing = cache, seq, seed, packing
         self.pairs = int((cache.lengths - 1).sum())  # an epoch
-        self.rows_per_epoch = -(-self.pairs // seq)
         self._epochs: dict[int, tuple[Plan, np.ndarray]] = {}
         self._lock = threading.Lock()  # Grain may read from several threads
+        self.rows_per_epoch = self.epoch(0)[0].rows
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -58,17 +61,19 @@ class PackedRows:
         with self._lock:
             if epoch not in self._epochs:
                 order = _permutation(len(self.cache), self.seed, epoch, "documents")
-                plan = plan_concat(self.cache.lengths, self.seq, order)
+                plan = PACKINGS[self.packing](self.cache.lengths, self.seq, order)
+                assert epoch == 0 or plan.rows == self.rows_per_epoch, "rows of an epoch depend on the lengths alone"
                 dealt = _permutation(plan.rows, self.seed, epoch, "rows")
                 self._epochs = dict([*self._epochs.items(), (epoch, (plan, dealt))][-2:])
             return self._epochs[epoch]
 
-    def describe(self) -> dict[str, int | float]:
-        """Counts of the first epoch. Later ones differ only in which documents are cut."""
-        return describe(self.epoch(0)[0])
+    def describe(self) -> dict[str, Any]:
+        """Counts of the first epoch. Later ones differ only in which documents are cut or share a row."""
+        return {"packing": self.packing, **describe(self.epoch(0)[0])}
 
     def __repr__(self) -> str:
-        return f"PackedRows({self.cache!r}, seq={self.seq}, seed={self.seed}, {self.rows_per_epoch} rows an epoch)"
+        how = f"packing={self.packing!r}, seq={self.seq}, seed={self.seed}"
+        return f"PackedRows({self.cache!r}, {how}, {self.rows_per_epoch} rows an epoch)"
 
 
 class TrainBatches:
@@ -103,6 +108,7 @@ def train_batches(
     seq: int,
     seed: int,
     stop_step: int,
+    packing: Packing = "concat",
     start_step: int = 0,
     prefetch: int = 2,
     process_index: int = 0,
@@ -114,6 +120,7 @@ def train_batches(
 
     - `batch`: rows in the global batch, all processes together.
     - `seq`: (token, target) pairs in a row.
+    - `packing`: how documents make rows, see `data.packing`.
     - `prefetch`: batches made ahead.
     - `process_index`, `process_count`: this process's share, a contiguous block of `batch / process_count` rows. The
         blocks of all processes, one above the other, are the same global batch at any process count.
@@ -127,7 +134,7 @@ def train_batches(
             f"expected a process_index below process_count and a batch it divides, got process_index {process_index}, "
             f"process_count {process_count}, batch {batch}"
         )
-    rows = _rows_for(cache, batch, seq, seed)
+    rows = _rows_for(cache, batch, seq, seed, packing)
     share = batch // process_count
     offset = process_index * share
 
@@ -138,9 +145,9 @@ def train_batches(
     return TrainBatches(grain.MapDataset.range(start_step, stop_step).map(batch_of), prefetch)
 
 
-def batch_at(cache: TokenCache, step: int, *, batch: int, seq: int, seed: int) -> Batch:
+def batch_at(cache: TokenCache, step: int, *, batch: int, seq: int, seed: int, packing: Packing = "concat") -> Batch:
     """The global batch that `train_batches` gives at `step`: to look at what the model saw when a loss jumped."""
-    rows = _rows_for(cache, batch, seq, seed)
+    rows = _rows_for(cache, batch, seq, seed, packing)
     return _stack([rows[g] for g in range(step * batch, (step + 1) * batch)])
 
 
@@ -195,13 +202,14 @@ def evaluation_batches(cache: TokenCache, *, batch: int, seq: int, stride: int, 
     return EvaluationBatches(cache, plan, np.arange(taken) * plan.rows // max(taken, 1), batch)
 
 
-def _rows_for(cache: TokenCache, batch: int, seq: int, seed: int) -> PackedRows:
+def _rows_for(cache: TokenCache, batch: int, seq: int, seed: int, packing: Packing) -> PackedRows:
     require_positive(batch=batch)
-    rows = PackedRows(cache, seq=seq, seed=seed)
-    if rows.pairs < batch * seq:
+    rows = PackedRows(cache, seq=seq, seed=seed, packing=packing)
+    if rows.rows_per_epoch < batch or (packing == "concat" and rows.pairs < batch * seq):  # concat: no row half empty, either
         raise ValueError(
             f"{len(cache)} documents hold {rows.pairs} (token, target) pairs, less than one batch of {batch} rows of {seq} "
-            f"({batch * seq} pairs): take a smaller batch (--batch), shorter rows (--seq) or more data"
+            f"({batch * seq} pairs; packing {packing} makes {rows.rows_per_epoch} rows of them): "
+            "take a smaller batch (--batch), shorter rows (--seq) or more data"
         )
     return rows
 

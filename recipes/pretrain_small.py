@@ -37,6 +37,7 @@ from rich.table import Table
 
 import lm
 from data.cache import TokenCache
+from data.packing import Packing
 from data.pipeline import PackedRows, batch_at, evaluation_batches, train_batches
 from data.sources import Source, open_source
 from data.tasks.python_syntax import complete_statements, parses
@@ -78,6 +79,7 @@ class Config(BaseModel, frozen=True, extra="forbid"):
     n_kv_heads: int = Field(4, gt=0, description="key and value heads of a block; a divisor of n-heads")
     d_ff: int = Field(704, gt=0, description="hidden width of the MLPs")
     seq: int = Field(512, gt=1, description="tokens of a row, and the context of the model")
+    packing: Packing = Field("concat", description="rows from documents: cut to fill (concat), kept whole (best_fit), or one a row (pad)")
     dropout: float = Field(0.0, ge=0, lt=1, description="probability, on embedding and residual branches; useful past a few epochs")
     batch: int = Field(8, gt=0, description="rows a step; tokens a step = batch x seq")
 
@@ -157,8 +159,8 @@ def main(config: Config) -> Path:
     held_out = encode(source.held_out, tokenizer, source, "held_out")
     bytes_per_token = float(np.sum(held_out.text_bytes)) / held_out.total_tokens
     logger.info(f"tokenizer: {tokenizer.vocab_size:,} tokens, {bytes_per_token:.2f} bytes a token on held-out text")
-    rows = PackedRows(train_tokens, seq=config.seq, seed=config.seed)
-    packing = {"batch": config.batch, "seq": config.seq, "seed": config.seed}
+    rows = PackedRows(train_tokens, seq=config.seq, seed=config.seed, packing=config.packing)
+    packing: dict[str, Any] = {"batch": config.batch, "seq": config.seq, "seed": config.seed, "packing": config.packing}
     first_batch = batch_at(train_tokens, 0, **packing)  # a corpus too small for one stops here
 
     # Model, optimizer, step.
