@@ -25,6 +25,16 @@ class Source:
     train: grain.MapDataset  # of {"text": str, "name": str}
     held_out: grain.MapDataset  # likewise
     record: dict[str, Any]  # JSON: what was asked, counts, `sha256` over every document's name and bytes in order
+    parts: tuple["Part", ...] = ()  # of a mixture; `train` and `held_out` are then theirs, one after another
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source of a mixture."""
+
+    name: str  # as the user typed it
+    source: Source
+    weight: float  # above 0; share of the training tokens once divided by the sum
 
 
 def is_held_out(name: str) -> bool:

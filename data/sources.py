@@ -15,7 +15,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.documents import Documents, OnInvalidUTF8, Source
+from data.documents import Documents, OnInvalidUTF8, Part, Source
+from data.mixture import mixed_source, parse_mixture
 
 _PROSE = "txt text md markdown rst org adoc tex bib html htm xml csv tsv json yaml yml toml ini cfg log"
 _CODE = "py pyi c h cc cpp hpp cu rs go java kt scala swift js jsx ts tsx css rb pl php lua jl r hs ml sql sh"
@@ -29,7 +30,8 @@ STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "lib2to3", "ensurepip", "site-p
 
 
 def open_source(spec: str, *, on_invalid_utf8: OnInvalidUTF8 = "error") -> Source:
-    """The source that `spec` names: `stdlib`, a folder, a `.jsonl` or `.jsonl.gz` file, or a text file.
+    """The source that `spec` names: `stdlib`, a folder, a `.jsonl` or `.jsonl.gz` file, a text file, or a mixture of such
+    (`A:0.7,B:0.3`, see `data.mixture`).
 
     **Arguments:**
 
@@ -38,6 +40,9 @@ def open_source(spec: str, *, on_invalid_utf8: OnInvalidUTF8 = "error") -> Sourc
 
     **Raises:** `ValueError`, in words, for anything that cannot be read or gives no documents.
     """
+    if (parts := parse_mixture(spec)) is not None:
+        opened = [Part(name, open_source(name, on_invalid_utf8=on_invalid_utf8), weight) for name, weight in parts]
+        return mixed_source(spec, opened)
     path = Path(spec).expanduser()
     if spec == "stdlib":
         return stdlib(on_invalid_utf8=on_invalid_utf8)

@@ -38,7 +38,8 @@ from rich.table import Table
 import lm
 from data.cache import TokenCache
 from data.packing import Packing
-from data.pipeline import PackedRows, batch_at, evaluation_batches, train_batches
+from data.pipeline import batch_at, evaluation_batches, train_batches
+from data.rows import MixedRows, Mixture, OnEnd, training_rows
 from data.sources import Source, open_source
 from data.tasks.python_syntax import complete_statements, parses
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -70,7 +71,10 @@ class Config(BaseModel, frozen=True, extra="forbid"):
     """Everything that makes the run what it is. Presets set the sizes."""
 
     preset: Literal["1m", "4m", "14m", "30m", "60m"] = Field("4m", description="sizes of model and batch, by parameter count")
-    data: str = Field("stdlib", description="the corpus: 'stdlib', a text file, a folder, or .jsonl[.gz] with a 'text' field")
+    data: str = Field(
+        "stdlib", description="the corpus: 'stdlib', a text file, a folder, .jsonl[.gz] with a 'text' field, or a mixture A:0.7,B:0.3"
+    )
+    on_end: OnEnd = Field("repeat", description="what a part of a mixture does after its last row: begin again, or stop the run")
     on_invalid_utf8: Literal["error", "replace", "skip"] = Field("error", description="what to do with a document that is not UTF-8")
     vocab: int = Field(4096, ge=256 + len(SPECIAL_TOKENS), description="tokens of the vocabulary to be learned, special ones included")
     d_model: int = Field(256, gt=0, description="width of the residual stream")
@@ -155,11 +159,11 @@ def main(config: Config) -> Path:
     source = open_source(config.data, on_invalid_utf8=config.on_invalid_utf8)
     logger.info(describe_source(source))
     tokenizer = train_or_load_tokenizer(config, source, folder / "tokenizer")
-    train_tokens = encode(source.train, tokenizer, source, "train")
+    train_tokens = encode_training(source, tokenizer, config)
     held_out = encode(source.held_out, tokenizer, source, "held_out")
     bytes_per_token = float(np.sum(held_out.text_bytes)) / held_out.total_tokens
     logger.info(f"tokenizer: {tokenizer.vocab_size:,} tokens, {bytes_per_token:.2f} bytes a token on held-out text")
-    rows = PackedRows(train_tokens, seq=config.seq, seed=config.seed, packing=config.packing)
+    rows = training_rows(train_tokens, seq=config.seq, seed=config.seed, packing=config.packing)
     packing: dict[str, Any] = {"batch": config.batch, "seq": config.seq, "seed": config.seed, "packing": config.packing}
     first_batch = batch_at(train_tokens, 0, **packing)  # a corpus too small for one stops here
 
@@ -183,6 +187,8 @@ def main(config: Config) -> Path:
     if config.steps is None:
         seconds = seconds_a_step(step, fresh_state(), first_batch)
         fit, most = int(config.minutes * 60 / seconds), int(config.max_epochs * rows.rows_per_epoch / config.batch)
+        if isinstance(rows, MixedRows) and rows.on_end == "stop":
+            most = min(most, rows.rows_before_an_end() // config.batch)
         config = config.model_copy(update={"steps": max(1, min(fit, most))})
         logger.info(
             f"{seconds:.2f} s a step: {fit:,} steps fit into {config.minutes:g} minutes, {most:,} make {config.max_epochs:g} epochs; "
@@ -199,6 +205,7 @@ def main(config: Config) -> Path:
         "corpus": source.record,
         "tokenizer": {"digest": tokenizer.digest, "vocab": tokenizer.vocab_size, "bytes_per_token_held_out": bytes_per_token},
         "packing": rows.describe(),
+        "mixture": rows.realised(config.steps * config.batch),
         "model": {"model_type": model_config.model_type, "parameters": n_params, **model_config.model_dump()},
         "steps": config.steps,
         "tokens": config.steps * config.batch * config.seq,
@@ -210,6 +217,9 @@ def main(config: Config) -> Path:
         "command": ["python", "-m", "recipes.pretrain_small", *sys.argv[1:]],
     }
     write_json(folder / "manifest.json", manifest)
+    for name, part in rows.realised(config.steps * config.batch).items():
+        share = f"{part['token_share']:.2%} (asked: {part['weight']:.2%})"
+        logger.info(f"mixture: {name} {part['tokens']:,} tokens, {share}, {part['epochs']:.2f} epochs")
     identity = {"corpus": source.record["sha256"], "tokenizer": tokenizer.digest}
 
     # The loop.
@@ -258,6 +268,8 @@ def main(config: Config) -> Path:
     speeds = [line["tokens_per_s"] for line in read_metrics(folder / "metrics.jsonl") if "tokens_per_s" in line]
     speed = float(np.median(speeds))
     results |= {"steps": config.steps, "skipped": int(state.skipped), "tokens_per_s": speed, "mfu": mfu(speed, flops, peak.flops_per_s)}
+    if mixture := rows.realised(config.steps * config.batch):
+        results["mixture"] = mixture
     samples = judge_samples(config, folder, state.model, tokenizer, prompts, source, results)
     write_json(folder / "results.json", results)
     export(state.model, tokenizer, folder / "export", manifest=manifest, results=results)
@@ -334,6 +346,15 @@ def encode(documents: Any, tokenizer: Tokenizer, source: Source, split: str) -> 
     """Encoded once a tokenizer and corpus, on disk, for all runs."""
     folder = cache_root() / "tokens"
     return TokenCache.build_or_open(documents, tokenizer, folder, source_digest=source.record["sha256"], split=split)
+
+
+def encode_training(source: Source, tokenizer: Tokenizer, config: Config) -> TokenCache | Mixture:
+    """The tokens of the source, or of each part of a mixture."""
+    if not source.parts:
+        return encode(source.train, tokenizer, source, "train")
+    caches = tuple(encode(part.source.train, tokenizer, part.source, "train") for part in source.parts)
+    names, weights = tuple(part.name for part in source.parts), tuple(part.weight for part in source.parts)
+    return Mixture(names, caches, weights, config.on_end)
 
 
 # ------------------------------------------------------------------------------------------- how to run
@@ -456,9 +477,18 @@ def measure(config: Config, folder: Path, model: Any, token_nats: Any, source: S
     def of(documents: Any) -> float:
         return bits_per_byte(sum(nats[i] for i in documents), sum(int(held_out.text_bytes[i]) for i in documents))
 
-    results = {"bits_per_byte": of(everything), "held_out_bytes": int(sum(held_out.text_bytes)), "held_out_tokens": sum(tokens.values())}
+    results: dict[str, Any] = {
+        "bits_per_byte": of(everything),
+        "held_out_bytes": int(sum(held_out.text_bytes)),
+        "held_out_tokens": sum(tokens.values()),
+    }
     if 0 < len(others) < len(held_out):
         results["bits_per_byte_without_encodings"] = of(others)
+    start = 0
+    for part in source.parts:  # their held-out documents stand one part after another
+        end = start + part.source.record["held_out_documents"]
+        results.setdefault("bits_per_byte_by_source", {})[part.name] = of(range(start, end))
+        start = end
     logger.info("compressing the same text with xz, for comparison")
     results |= xz_yardsticks(source, cache_root() / "xz")
     nats_per_bit = math.log(2) * results["held_out_bytes"] / results["held_out_tokens"]  # bits a byte → nats a token
@@ -497,6 +527,8 @@ def show(results: dict[str, Any], folder: Path, samples: list[dict[str, Any]]) -
     table.add_row("this model", f"{results['bits_per_byte']:.4f}")
     if "bits_per_byte_without_encodings" in results:
         table.add_row("this model, without encodings/", f"{results['bits_per_byte_without_encodings']:.4f}")
+    for name, value in results.get("bits_per_byte_by_source", {}).items():
+        table.add_row(f"this model, {name}", f"{value:.4f}")
     table.add_row("xz -9", f"{results['xz']:.4f}")
     table.add_row("xz -9 primed with the training text", f"{results['xz_primed']:.4f}")
     console.print(table)

@@ -8,7 +8,8 @@ import pytest
 
 from data.cache import TokenCache
 from data.packing import PACKINGS
-from data.pipeline import Batch, PackedRows, _permutation, batch_at, evaluation_batches, train_batches
+from data.pipeline import Batch, batch_at, evaluation_batches, train_batches
+from data.rows import PackedRows, _permutation
 
 BATCH, SEQ, SEED = 6, 17, 5
 
