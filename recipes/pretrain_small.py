@@ -218,8 +218,8 @@ def main(config: Config) -> Path:
     }
     write_json(folder / "manifest.json", manifest)
     for name, part in rows.realised(config.steps * config.batch).items():
-        share = f"{part['token_share']:.2%} (asked: {part['weight']:.2%})"
-        logger.info(f"mixture: {name} {part['tokens']:,} tokens, {share}, {part['epochs']:.2f} epochs")
+        shares = f"{part['token_share']:.2%} (asked: {part['weight']:.2%})"
+        logger.info(f"mixture: {name} {part['tokens']:,} tokens, {shares}, {part['epochs']:.2f} epochs")
     identity = {"corpus": source.record["sha256"], "tokenizer": tokenizer.digest}
 
     # The loop.
