@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.documents import Documents, OnInvalidUTF8, Part, Source
+from data.hub import hub_dataset
 from data.mixture import mixed_source, parse_mixture
 from data.readers import (
     ARRAY_RECORD_SUFFIXES,
@@ -29,7 +30,7 @@ from data.readers import (
 )
 
 ACCEPTED = (
-    "'stdlib' (the source of this Python), a folder of text files, "
+    "'stdlib' (the source of this Python), hf://owner/name/split, a folder of text files, "
     f"a {', '.join(MANY_SUFFIXES)} file with a `text` field (another: FILE#column=NAME), "
     f"a text file ({' '.join(TEXT_SUFFIXES)}), or a mixture of such as SOURCE:0.7,SOURCE:0.3"
 )
@@ -56,6 +57,8 @@ def open_source(spec: str, *, on_invalid_utf8: OnInvalidUTF8 = "error") -> Sourc
     name = path.name.lower()
     if spec == "stdlib":
         return stdlib(on_invalid_utf8=on_invalid_utf8)
+    if place.startswith("hf:"):
+        return hub_dataset(place, text_field=text_field, on_invalid_utf8=on_invalid_utf8)
     if path.is_dir():
         return folder(place, text_field=text_field, on_invalid_utf8=on_invalid_utf8)
     if path.exists() and name.endswith(JSONL_SUFFIXES):
