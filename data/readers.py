@@ -54,13 +54,13 @@ def read_jsonl(kept: Documents, file: Path, name: str, text_field: str) -> None:
     packed = file.suffix.lower() in (".gz", ".zst")
     number_of_file = -1 if packed else kept.store.file(file, lambda line: json.loads(line)[text_field])
     at = 0
-    for number, line in _lines(file):
+    for number, line in lines(file):
         where = f"line {number} of '{file}'"
         if not line.strip():
             kept.counts["blank_lines"] += 1
         elif (decoded := kept.decode(line, where)) is not None:
             # A lone \ud800 is legal JSON but not text: back to bytes, where the one rule for bad UTF-8 meets it.
-            text = _text_of(decoded, where, text_field).encode("utf-8", "surrogatepass")
+            text = text_of(decoded, where, text_field).encode("utf-8", "surrogatepass")
             stays = not packed and "\ufffd" not in decoded
             kept.add(f"{name}:{number}", text, f"`{text_field}` in {where}", Place(number_of_file, at, len(line)) if stays else None)
         at += len(line)
@@ -116,7 +116,8 @@ def needed(module: str, file: Path | str) -> Any:
         raise ValueError(f"reading '{file}' needs {package}, which is not installed: run `uv sync --extra data`") from error
 
 
-def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
+def lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file, unpacked if need be, with their numbers from 1."""
     number = 0
     suffix = file.suffix.lower()
     kind = {".gz": "gzip", ".zst": "zstd"}.get(suffix, "")
@@ -124,8 +125,8 @@ def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
     if kind == "zstd":
         damage = (needed("zstandard", file).ZstdError, EOFError)
     try:
-        with file.open("rb") as raw, _unpacked(raw, kind) as lines:
-            for number, line in enumerate(lines, start=1):
+        with file.open("rb") as raw, _unpacked(raw, kind) as unpacked:
+            for number, line in enumerate(unpacked, start=1):
                 yield number, line
     except damage as error:
         raise ValueError(
@@ -168,7 +169,8 @@ class _Zstd(io.RawIOBase):
         return count
 
 
-def _text_of(line: str, where: str, text_field: str) -> str:
+def text_of(line: str, where: str, text_field: str) -> str:
+    """The text in a line of JSON."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
