@@ -99,4 +99,4 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 def visible(piece: str) -> str:
     """A token as it is drawn: line ends and tabs as marks (a line end still ends the line)."""
-    return re.sub(r"\r", "␍", piece).replace("\t", "⇥").replace("\n", "↵\n")
+    return re.sub(r"\r", "←", piece).replace("\t", "⇥").replace("\n", "↵\n")

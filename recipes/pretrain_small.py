@@ -4,8 +4,8 @@ What happens: a byte-level BPE tokenizer is trained on the corpus, the corpus is
 on it with Muon, and the result is measured on files it has never seen, sampled from, and exported as a folder that `transformers` loads.
 
 The corpus is the source code of the Python standard library that runs this: about 650 files and 12 MB that every machine has, free to use,
-and with a natural yardstick, since everybody can run `xz -9` on the same held-out files. Any text will do: `--data FOLDER`, `FILE.txt` or
-`FILE.jsonl[.gz]`.
+and with a natural yardstick, since everybody can run `xz -9` on the same held-out files. Any text will do: `--data FOLDER`, `FILE.txt`,
+`FILE.jsonl[.gz|.zst]`, `FILE.parquet`, `hf://owner/name/split`, or several with weights: `--data stdlib:0.7,books/:0.3`.
 
     python -m recipes.pretrain_small                       # about ten minutes on 2 CPU cores
     python -m recipes.pretrain_small --preset 14m --data my_texts/ --minutes 60
@@ -72,7 +72,7 @@ class Config(BaseModel, frozen=True, extra="forbid"):
 
     preset: Literal["1m", "4m", "14m", "30m", "60m"] = Field("4m", description="sizes of model and batch, by parameter count")
     data: str = Field(
-        "stdlib", description="the corpus: 'stdlib', a text file, a folder, .jsonl[.gz] with a 'text' field, or a mixture A:0.7,B:0.3"
+        "stdlib", description="the corpus: stdlib, a folder, a file (text, jsonl, parquet), hf://owner/name/split, or a mixture A:0.7,B:0.3"
     )
     on_end: OnEnd = Field("repeat", description="what a part of a mixture does after its last row: begin again, or stop the run")
     on_invalid_utf8: Literal["error", "replace", "skip"] = Field("error", description="what to do with a document that is not UTF-8")
@@ -337,7 +337,7 @@ def train_or_load_tokenizer(config: Config, source: Source, folder: Path) -> Tok
     """Trained once a run, on the training documents alone."""
     if (folder / "tokenizer.json").exists():
         return Tokenizer.load(folder)
-    tokenizer = Tokenizer.train((document["text"] for document in source.train), config.vocab)
+    tokenizer = Tokenizer.train((source.train[i]["text"] for i in range(len(source.train))), config.vocab)  # one text in memory at a time
     tokenizer.save(folder, model_max_length=config.seq)
     return tokenizer
 

@@ -50,7 +50,7 @@ def test_a_tokenizer_that_changes_texts_is_found_out(tokenizer) -> None:
 
 
 def test_pictures_show_every_character_once_and_break_lines() -> None:
-    assert visible("a\tb\r\n") == "a⇥b␍↵\n"
+    assert visible("a\tb\r\n") == "a⇥b←↵\n"
     cells = list(laid_out(["x" * (COLUMNS + 3), "y↵\n", "z"]))
     assert [cell[:3] for cell in cells[-6:]] == [(1, 0, 0), (1, 1, 0), (1, 2, 0), (1, 3, 1), (1, 4, 1), (2, 0, 2)]
     assert len(cells) == COLUMNS + 3 + 2 + 1
