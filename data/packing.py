@@ -87,7 +87,8 @@ def plan_concat(lengths: npt.ArrayLike, seq: int, order: npt.ArrayLike) -> Plan:
     ends = np.cumsum(pairs)  # on the line of all pairs, where the documents end
     total = int(ends[-1]) if len(ends) else 0
     row_edges = np.arange(0, total, seq)
-    cuts = np.union1d(ends - pairs, row_edges)  # where pieces begin
+    cuts = np.sort(np.concatenate([ends - pairs, row_edges]), kind="stable")  # merges the two; np.union1d is many times slower
+    cuts = cuts[np.diff(cuts, prepend=-1) > 0]  # where pieces begin
     of = np.searchsorted(ends, cuts, side="right")
     return Plan(
         seq=seq,
