@@ -5,7 +5,8 @@ A cache is a folder named for what is in it (`train-<hash of tokenizer and sourc
     tokens.bin      every document as opening token, text, EOS, one after another; uint16, or uint32 for large vocabularies
     offsets.bin     int64 [documents + 1]: document i is tokens[offsets[i] : offsets[i + 1]]
     text_bytes.bin  int64 [documents]: UTF-8 bytes of each text, for bits per byte
-    names.json      the documents' names
+    names.json      the documents' names, one a line
+    names.bin       int64 [documents + 1]: the byte where each name's line begins in it
     record.json     counts and what the cache was made from
     SHA256SUMS      of the files above; `sha256sum -c` checks it too
 
@@ -15,7 +16,8 @@ It appears whole or not at all (`data.atomic`); one that no longer matches its s
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,7 +28,7 @@ from loguru import logger
 from data.atomic import building
 from data.tokenizer import Tokenizer
 
-FORMAT = 1  # raised when the files change; older caches are then simply not found
+FORMAT = 2  # raised when the files change; older caches are then simply not found
 SUMMED_BELOW = 1 << 30  # bytes; a larger file is checked by its size alone
 TEXT_AT_ONCE = 1 << 20  # characters encoded in one call
 
@@ -39,10 +41,10 @@ class TokenCache:
         self.folder = folder
         self.record: dict[str, Any] = _checked_record(folder)
         self.tokens = np.memmap(folder / "tokens.bin", self.record["dtype"], mode="r")
-        self.offsets = np.fromfile(folder / "offsets.bin", "<i8")
-        self.text_bytes = np.fromfile(folder / "text_bytes.bin", "<i8")  # per document
-        self.names: list[str] = json.loads((folder / "names.json").read_text(encoding="utf-8"))  # per document
-        documents, total = self.record["documents"], self.record["tokens"]
+        self.offsets = np.memmap(folder / "offsets.bin", "<i8", mode="r")
+        self.text_bytes = np.memmap(folder / "text_bytes.bin", "<i8", mode="r")  # per document
+        self.names: Sequence[str] = _Names(folder)  # per document
+        documents, total = int(self.record["documents"]), int(self.record["tokens"])
         sizes = len(self.offsets) - 1, len(self.text_bytes), len(self.names), len(self.tokens)
         if sizes != (documents, documents, documents, total):
             raise ValueError(f"the record says {documents} documents and {total} tokens, the files hold {sizes}")
@@ -163,32 +165,60 @@ def _encode(
     on_progress: Callable[[int, int], None] | None,
 ) -> dict[str, Any]:
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-    names: list[str] = []
-    lengths: list[int] = []
-    text_bytes: list[int] = []
+    lengths, text_bytes = array("q"), array("q")
+    names_at = array("q", [2])
     max_token = 0
-    with (folder / "tokens.bin").open("wb") as out:
+    with (folder / "tokens.bin").open("wb") as out, (folder / "names.json").open("wb") as names:
         for some in _batches(documents):
             for row, tokens in zip(some, tokenizer.encode_batch([row["text"] for row in some]), strict=True):
-                whole = np.concatenate([[opening], tokens, [closing]])
-                out.write(whole.astype(dtype).tobytes())
-                names.append(row["name"])
+                whole = np.empty(len(tokens) + 2, dtype)
+                whole[0], whole[1:-1], whole[-1] = opening, tokens, closing
+                out.write(whole.tobytes())
+                name = json.dumps(row["name"]).encode()
+                names.write((b",\n" if len(lengths) else b"[\n") + name)
+                names_at.append(names_at[-1] + len(name) + 2)
                 lengths.append(len(whole))
                 text_bytes.append(len(row["text"].encode()))
                 max_token = max(max_token, int(whole.max()))
             if on_progress is not None:
-                on_progress(len(names), len(documents))
-    (folder / "offsets.bin").write_bytes(np.cumsum([0, *lengths], dtype="<i8").tobytes())
-    (folder / "text_bytes.bin").write_bytes(np.asarray(text_bytes, "<i8").tobytes())
-    (folder / "names.json").write_text(json.dumps(names), encoding="utf-8")
+                on_progress(len(lengths), len(documents))
+        names.write(b"\n]\n")
+    offsets = np.zeros(len(lengths) + 1, "<i8")
+    np.cumsum(np.frombuffer(lengths, np.int64), out=offsets[1:])
+    for name_of_file, values in (("offsets", offsets), ("text_bytes", text_bytes), ("names", names_at)):
+        np.asarray(values, "<i8").tofile(folder / f"{name_of_file}.bin")
     return {
-        "documents": len(names),
-        "tokens": sum(lengths),
-        "text_bytes": sum(text_bytes),
+        "documents": len(lengths),
+        "tokens": int(offsets[-1]),
+        "text_bytes": int(np.sum(np.frombuffer(text_bytes, np.int64))),
         "dtype": dtype,
         "vocab_size": tokenizer.vocab_size,
         "max_token": max_token,
     }
+
+
+class _Names(Sequence[str]):
+    """The lines of `names.json`, each read when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._at = np.memmap(folder / "names.bin", "<i8", mode="r")
+        self._bytes = np.memmap(folder / "names.json", np.uint8, mode="r")
+
+    def __len__(self) -> int:
+        return len(self._at) - 1
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"name {i} of {len(self)}")
+        i %= len(self)
+        return json.loads(self._bytes[self._at[i] : self._at[i + 1] - 2].tobytes())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def _batches(documents: grain.MapDataset) -> Iterator[list[dict[str, str]]]:

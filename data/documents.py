@@ -1,15 +1,20 @@
 """What every source shares: `Source`, the rule for holding documents out, and `Documents`, which gathers them.
 
 Which documents are held out depends on their names alone, so adding a file never moves another one to the other side.
-All texts are in memory for now: about one byte of RAM a byte of plain text, up to four where a text has emoji.
+Every text is read once to be counted and summed, and again when somebody asks for it: no source holds its texts in memory
+(see `data.store`).
 """
 
 import hashlib
+from array import array
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import grain
+import numpy as np
+
+from data.store import Place, TextStore
 
 OnInvalidUTF8 = Literal["error", "replace", "skip"]
 
@@ -25,6 +30,16 @@ class Source:
     train: grain.MapDataset  # of {"text": str, "name": str}
     held_out: grain.MapDataset  # likewise
     record: dict[str, Any]  # JSON: what was asked, counts, `sha256` over every document's name and bytes in order
+    parts: tuple["Part", ...] = ()  # of a mixture; `train` and `held_out` are then theirs, one after another
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source of a mixture."""
+
+    name: str  # as the user typed it
+    source: Source
+    weight: float  # above 0; share of the training tokens once divided by the sum
 
 
 def is_held_out(name: str) -> bool:
@@ -40,21 +55,36 @@ class Documents:
 
     def __init__(self, spec: str, on_invalid_utf8: OnInvalidUTF8) -> None:
         self.spec, self.on_invalid_utf8 = spec, on_invalid_utf8
-        self.names: list[str] = []
-        self.texts: list[str] = []
+        self.store = TextStore()
+        self.held_out = array("q")  # numbers of the documents that `is_held_out`
+        self.bytes = 0
         self.counts: Counter[str] = Counter()
         self.digest = hashlib.sha256()
 
-    def add(self, name: str, raw: bytes, where: str) -> None:
-        """Take one document; one with nothing but white space is dropped. `where` names it in an error."""
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def add(self, name: str, raw: bytes, where: str, place: Place | None = None) -> None:
+        """Take one document; one with nothing but white space is dropped.
+
+        **Arguments:**
+
+        - `where`: names the document in an error.
+        - `place`: where `raw` can be read again, in a file that `store.file` was told of.
+        """
         text = self.decode(raw, where)
         if text is not None and not text.strip():
             self.counts["empty_documents"] += 1
         elif text is not None:
-            self.names.append(name)
-            self.texts.append(text)
-            for part in (name.encode(), text.encode()):
-                self.digest.update(len(part).to_bytes(8, "little") + part)
+            as_it_is = "\ufffd" not in text  # else U+FFFD may stand for bad bytes, which a second reading would meet again
+            taken = raw if as_it_is else text.encode()
+            if is_held_out(name):
+                self.held_out.append(len(self))
+            self.store.append(name, taken, place if as_it_is else None)
+            self.bytes += len(taken)
+            for part in (name.encode(), taken):
+                self.digest.update(len(part).to_bytes(8, "little"))
+                self.digest.update(part)
 
     def decode(self, raw: bytes, where: str) -> str | None:
         """`raw` as text, or `None` if it is to be skipped. Line ends and byte order marks stay as they are."""
@@ -76,20 +106,23 @@ class Documents:
 
     def source(self, name: str, record: dict[str, Any]) -> Source:
         """The finished `Source`: documents split in two, `record` (what only this source knows) completed."""
-        if not self.names:
+        if not len(self):
             counts = ", ".join(f"{what} {n}" for what, n in self.counts.items())
             raise ValueError(f"no text in '{self.spec}' ({counts}): expected at least one document that is not empty")
-        bytes_all = sum(len(text.encode()) for text in self.texts)
-        train, held_out, rule = _split(self.spec, list(zip(self.names, self.texts, strict=True)))
+        store, held_out, rule = self._split()
+        held_out_bytes = sum(store.size(int(i)) for i in held_out)
+        train, kept_out = _Texts(store, held_out, False), _Texts(store, held_out, True)
         record = {
             "spec": self.spec,
             **record,
-            "documents": len(self.names),
-            "bytes": bytes_all,
+            "documents": len(self),
+            "bytes": self.bytes,
             "sha256": self.digest.hexdigest(),
             "held_out_rule": rule,
-            **_sizes("train", train),
-            **_sizes("held_out", held_out),
+            "train_documents": len(train),
+            "train_bytes": self.bytes - held_out_bytes,
+            "held_out_documents": len(kept_out),
+            "held_out_bytes": held_out_bytes,
             "on_invalid_utf8": self.on_invalid_utf8,
             "empty_documents": 0,
             "invalid_documents_skipped": 0,
@@ -97,42 +130,44 @@ class Documents:
             "characters_replaced": 0,
             **self.counts,
         }
-        return Source(name, grain.MapDataset.source(_Texts(train)), grain.MapDataset.source(_Texts(held_out)), record)
+        return Source(name, grain.MapDataset.source(train), grain.MapDataset.source(kept_out), record)
+
+    def _split(self) -> tuple[TextStore, np.ndarray, str]:
+        """The documents, the numbers of those held out, the rule in words."""
+        if len(self) == 1:
+            name = self.store.name(0)
+            head, tail = _cut_tail(self.spec, self.store.text(0).encode())
+            both = TextStore()
+            both.append(name, head)
+            both.append(f"{name}#tail", tail)
+            return both, np.array([1]), "the last 5 % of the only document"
+        rule = f"sha256(name) % {HELD_OUT_ONE_IN} == 0"
+        if 0 < len(self.held_out) < len(self):
+            return self.store, np.array(self.held_out), rule
+        last = max(1, len(self) // HELD_OUT_ONE_IN)
+        rule = f"the last {last} of {len(self)} documents, since {rule} chose {len(self.held_out)}"
+        return self.store, np.arange(len(self) - last, len(self)), rule
 
 
 class _Texts:
-    """Grain's random access over documents in memory."""
+    """Grain's random access over the training documents, or those held out, in the order of the store."""
 
-    def __init__(self, documents: list[tuple[str, str]]) -> None:
-        self.documents = documents
+    def __init__(self, store: TextStore, held_out: np.ndarray, wants_held_out: bool) -> None:
+        self.store, self.held_out, self.wants_held_out = store, held_out, wants_held_out
+        self._others_before = held_out - np.arange(len(held_out))  # training documents before each that is held out
 
     def __len__(self) -> int:
-        return len(self.documents)
+        return len(self.held_out) if self.wants_held_out else len(self.store) - len(self.held_out)
 
     def __getitem__(self, i: int) -> dict[str, str]:
-        name, text = self.documents[i]
-        return {"text": text, "name": name}
+        at = self.held_out[i] if self.wants_held_out else i + np.searchsorted(self._others_before, i, side="right")
+        return {"text": self.store.text(int(at)), "name": self.store.name(int(at))}
 
     def __repr__(self) -> str:
-        return f"{len(self)} documents in memory"
+        return f"{len(self)} documents on disk"
 
 
-def _split(spec: str, documents: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[tuple[str, str]], str]:
-    """Training documents, held-out documents, the rule in words."""
-    if len(documents) == 1:
-        name, text = documents[0]
-        head, tail = _cut_tail(spec, text.encode())
-        return [(name, head)], [(f"{name}#tail", tail)], "the last 5 % of the only document"
-    chosen = {name for name, _ in documents if is_held_out(name)}
-    rule = f"sha256(name) % {HELD_OUT_ONE_IN} == 0"
-    if not 0 < len(chosen) < len(documents):
-        last = max(1, len(documents) // HELD_OUT_ONE_IN)
-        rule = f"the last {last} of {len(documents)} documents, since {rule} chose {len(chosen)}"
-        chosen = {name for name, _ in documents[-last:]}
-    return [d for d in documents if d[0] not in chosen], [d for d in documents if d[0] in chosen], rule
-
-
-def _cut_tail(spec: str, raw: bytes) -> tuple[str, str]:
+def _cut_tail(spec: str, raw: bytes) -> tuple[bytes, bytes]:
     """About 95 % and 5 % of a document, cut after a line break if the tail has one, else between two characters."""
     if len(raw) < SMALLEST_TO_CUT:
         raise ValueError(
@@ -145,8 +180,4 @@ def _cut_tail(spec: str, raw: bytes) -> tuple[str, str]:
         cut = after_line
     while raw[cut] & 0b1100_0000 == 0b1000_0000:  # inside a character
         cut += 1
-    return raw[:cut].decode(), raw[cut:].decode()
-
-
-def _sizes(part: str, documents: list[tuple[str, str]]) -> dict[str, int]:
-    return {f"{part}_documents": len(documents), f"{part}_bytes": sum(len(text.encode()) for _, text in documents)}
+    return raw[:cut], raw[cut:]

@@ -1,5 +1,9 @@
 """Packing as a plan: from the lengths of documents alone, a `Plan` says which pieces fill which row; `build_row` then reads
-one row's tokens. Nothing is streamed, so any row can be built at any time.
+one row's tokens. Nothing is streamed, so any row can be built at any time. Three plans for training, by name in `PACKINGS`:
+
+    concat      documents end to end, cut where a row is full: no padding, most cuts
+    best_fit    documents whole where they fit into a row, rows filled up with what fits best: little padding, few cuts
+    pad         one document, or piece of a long one, a row: most padding, nothing beside it
 
 What is packed are (token, target) pairs. A document of n tokens has n - 1, and cutting between pairs loses nothing: the
 last target before a cut is the first token after it. Each piece gets its own segment and its positions start at 0, so
@@ -33,9 +37,9 @@ pieces never see one another. Two rows of five pairs from documents of 5, 4 and 
     loss_weights [1. 1. 1. 1. 0.]
 """
 
-from bisect import bisect_left, insort
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -83,16 +87,50 @@ def plan_concat(lengths: npt.ArrayLike, seq: int, order: npt.ArrayLike) -> Plan:
     ends = np.cumsum(pairs)  # on the line of all pairs, where the documents end
     total = int(ends[-1]) if len(ends) else 0
     row_edges = np.arange(0, total, seq)
-    cuts = np.union1d(ends - pairs, row_edges)  # where pieces begin
+    cuts = np.sort(np.concatenate([ends - pairs, row_edges]), kind="stable")  # merges the two; np.union1d is many times slower
+    cuts = cuts[np.diff(cuts, prepend=-1) > 0]  # where pieces begin
     of = np.searchsorted(ends, cuts, side="right")
     return Plan(
         seq=seq,
         document=documents[of],
         start=cuts - (ends - pairs)[of],
         length=np.diff(cuts, append=total),
-        context=np.zeros_like(cuts),
+        context=_no_context(cuts),
         row_start=np.append(np.searchsorted(cuts, row_edges), len(cuts)),
     )
+
+
+def plan_best_fit(lengths: npt.ArrayLike, seq: int, order: npt.ArrayLike) -> Plan:
+    """Documents whole: longest first, each goes into the fullest row that still takes it (best-fit decreasing; Ding et al.
+    2024, arXiv:2404.10830). Only documents longer than a row are cut, into pieces of `seq` pairs and a rest.
+
+    How many rows there are depends on the lengths alone, whatever the `order`; among pieces of one length the order decides
+    which row they share.
+
+    **Arguments:** as in `plan_concat`.
+    """
+    document, start, length = _cut_long(lengths, seq, order)
+    row = _best_fit(length, seq)
+    by_row = np.argsort(row, kind="stable")
+    first_of_row = np.searchsorted(row[by_row], np.arange(row.max(initial=-1) + 2))
+    return Plan(seq, document[by_row], start[by_row], length[by_row], _no_context(by_row), first_of_row)
+
+
+def plan_pad(lengths: npt.ArrayLike, seq: int, order: npt.ArrayLike) -> Plan:
+    """A row for every document, and for every piece of `seq` pairs of a longer one; padding fills it up.
+
+    **Arguments:** as in `plan_concat`.
+    """
+    document, start, length = _cut_long(lengths, seq, order)
+    return Plan(seq, document, start, length, _no_context(start), np.arange(len(document) + 1))
+
+
+Packing = Literal["concat", "best_fit", "pad"]
+PACKINGS: dict[Packing, Callable[[npt.ArrayLike, int, npt.ArrayLike], Plan]] = {
+    "concat": plan_concat,
+    "best_fit": plan_best_fit,
+    "pad": plan_pad,
+}
 
 
 def plan_windows(lengths: npt.ArrayLike, seq: int, stride: int) -> Plan:
@@ -171,23 +209,61 @@ def describe(plan: Plan) -> dict[str, int | float]:
     }
 
 
+def _cut_long(lengths: npt.ArrayLike, seq: int, order: npt.ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Document, start and length of each piece of at most `seq` pairs, documents in `order`."""
+    require_positive(seq=seq)
+    documents = np.asarray(order, np.int64)
+    pairs = np.asarray(lengths, np.int64)[documents] - 1
+    pieces = -(-pairs // seq)
+    nth = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # of its document
+    start = nth * seq
+    return np.repeat(documents, pieces), start, np.minimum(seq, np.repeat(pairs, pieces) - start)
+
+
+def _no_context(pieces: np.ndarray) -> np.ndarray:
+    return np.broadcast_to(np.int64(0), len(pieces))  # takes no memory
+
+
 def _best_fit(length: np.ndarray, seq: int) -> np.ndarray:
     """The row of each piece, longest pieces first, each into the fullest row that still takes it.
 
-    Rows are numbered in the order in which their earliest pieces stand in `length`.
+    All pieces of one length are placed together: the row that takes the first of them stays the fullest that takes the
+    next, until it has no room for another. Sorting is the longest part of the work. Rows are numbered in the order in which
+    their earliest pieces stand in `length`.
     """
+    if not len(length):
+        return np.empty(0, np.int64)
     row = np.empty(len(length), np.int64)
-    room: list[tuple[int, int]] = []  # (pairs still free, row), ascending
     rows = 0
-    for piece in np.argsort(-length, kind="stable"):
-        need = int(length[piece])
-        at = bisect_left(room, (need, -1))
-        if at < len(room):
-            free, row[piece] = room.pop(at)
-        else:
-            free, row[piece], rows = seq, rows, rows + 1
-        if free > need:
-            insort(room, (free - need, int(row[piece])))
+    open_rows: dict[int, list[np.ndarray]] = {}  # pairs still free → the rows that have so many
+    rooms = 0  # bit r is set where open_rows has r
+
+    def leave_open(some: np.ndarray, room: int) -> None:
+        nonlocal rooms
+        if len(some) and room:
+            open_rows.setdefault(room, []).append(some)
+            rooms |= 1 << room
+
+    descending = np.argsort(-length, kind="stable")
+    needs, first = np.unique(-length[descending], return_index=True)
+    for need, pieces in zip((-needs).tolist(), np.split(descending, first[1:]), strict=True):
+        while len(pieces):
+            if fitting := rooms >> need:
+                room = need + (fitting & -fitting).bit_length() - 1  # the smallest that is large enough
+                found = np.concatenate(open_rows.pop(room))
+                rooms ^= 1 << room
+            else:
+                room, found = seq, rows + np.arange(-(-len(pieces) // (seq // need)))
+                rows += len(found)
+            each = room // need
+            placed = min(len(pieces), each * len(found))
+            full, over = divmod(placed, each)
+            row[pieces[:placed]] = np.repeat(found, each)[:placed]
+            leave_open(found[:full], room - each * need)
+            if over:
+                leave_open(found[full : full + 1], room - over * need)
+            leave_open(found[full + (over > 0) :], room)
+            pieces = pieces[placed:]
     earliest = np.full(rows, len(length))
     np.minimum.at(earliest, row, np.arange(len(length)))
     number = np.empty(rows, np.int64)

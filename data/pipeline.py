@@ -1,21 +1,20 @@
 """The last hop of the data: rows to `Batch`es, for training without end (`train_batches`) and for evaluation.
 
-The batch of a step is a pure function of (cache, seed, step): rows are numbered 0, 1, 2, ... for ever, row g belongs to
-epoch g // rows_per_epoch, and every epoch packs the documents in a new order and deals its rows in another. Resuming, a
-different number of processes and "what was in batch 1,234" are index arithmetic, and no iterator has state to save.
+The batch of a step is a pure function of (cache, packing, seed, step): rows are numbered for ever (see `data.rows`) and step s
+takes the rows s * batch to (s + 1) * batch - 1. Resuming, a different number of processes and "what was in batch 1,234" are
+index arithmetic, and no iterator has state to save.
 """
 
-import sys
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Literal, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import grain
 import numpy as np
 
 from data.cache import TokenCache
-from data.packing import Plan, build_row, describe, plan_concat, plan_windows, require_positive, row_documents
+from data.packing import Packing, Plan, build_row, describe, plan_windows, require_positive, row_documents
+from data.rows import Mixture, Rows, training_rows
 
 
 class Batch(NamedTuple):
@@ -26,49 +25,6 @@ class Batch(NamedTuple):
     positions: np.ndarray  # int32, from 0 in every piece of a document
     segments: np.ndarray  # int32, 1, 2, 3, ... a row; 0 is padding. A token attends within its segment
     loss_weights: np.ndarray  # float32, 1 where the prediction counts; 0 in padding and in context
-
-
-class PackedRows:
-    """Endless training rows of a cache, by number: `rows[g]` is a dict of the fields of `Batch`, each `[seq]`.
-
-    A Grain random access source. The plan of an epoch takes about 50 bytes a document and is made when one of its rows is
-    first read; the last two are kept.
-    """
-
-    def __init__(self, cache: TokenCache, *, seq: int, seed: int) -> None:
-        require_positive(seq=seq)
-        if seed < 0:
-            raise ValueError(f"seed must be 0 or more, got {seed}")
-        self.cache, self.seq, self.seed = cache, seq, seed
-        self.pairs = int((cache.lengths - 1).sum())  # an epoch
-        self.rows_per_epoch = -(-self.pairs // seq)
-        self._epochs: dict[int, tuple[Plan, np.ndarray]] = {}
-        self._lock = threading.Lock()  # Grain may read from several threads
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        epoch, within = divmod(int(row), self.rows_per_epoch)
-        plan, dealt = self.epoch(epoch)
-        return build_row(plan, int(dealt[within]), self.cache)
-
-    def epoch(self, epoch: int) -> tuple[Plan, np.ndarray]:
-        """The plan of an epoch, and the order in which its rows are dealt."""
-        with self._lock:
-            if epoch not in self._epochs:
-                order = _permutation(len(self.cache), self.seed, epoch, "documents")
-                plan = plan_concat(self.cache.lengths, self.seq, order)
-                dealt = _permutation(plan.rows, self.seed, epoch, "rows")
-                self._epochs = dict([*self._epochs.items(), (epoch, (plan, dealt))][-2:])
-            return self._epochs[epoch]
-
-    def describe(self) -> dict[str, int | float]:
-        """Counts of the first epoch. Later ones differ only in which documents are cut."""
-        return describe(self.epoch(0)[0])
-
-    def __repr__(self) -> str:
-        return f"PackedRows({self.cache!r}, seq={self.seq}, seed={self.seed}, {self.rows_per_epoch} rows an epoch)"
 
 
 class TrainBatches:
@@ -97,12 +53,13 @@ class TrainBatches:
 
 
 def train_batches(
-    cache: TokenCache,
+    tokens: TokenCache | Mixture,
     *,
     batch: int,
     seq: int,
     seed: int,
     stop_step: int,
+    packing: Packing = "concat",
     start_step: int = 0,
     prefetch: int = 2,
     process_index: int = 0,
@@ -112,13 +69,16 @@ def train_batches(
 
     **Arguments:**
 
+    - `tokens`: of one source, or of several with their weights.
     - `batch`: rows in the global batch, all processes together.
     - `seq`: (token, target) pairs in a row.
+    - `packing`: how documents make rows, see `data.packing`.
     - `prefetch`: batches made ahead.
     - `process_index`, `process_count`: this process's share, a contiguous block of `batch / process_count` rows. The
         blocks of all processes, one above the other, are the same global batch at any process count.
 
-    **Raises:** `ValueError` if the cache cannot fill one batch, or the numbers do not fit together.
+    **Raises:** `ValueError` if the tokens cannot fill one batch, a part of a mixture that may not repeat ends before
+    `stop_step`, or the numbers do not fit together.
     """
     if not 0 <= start_step <= stop_step:
         raise ValueError(f"expected 0 <= start_step <= stop_step, got start_step {start_step} and stop_step {stop_step}")
@@ -127,7 +87,7 @@ def train_batches(
             f"expected a process_index below process_count and a batch it divides, got process_index {process_index}, "
             f"process_count {process_count}, batch {batch}"
         )
-    rows = _rows_for(cache, batch, seq, seed)
+    rows = _rows_for(tokens, batch, seq, seed, packing, stop_step)
     share = batch // process_count
     offset = process_index * share
 
@@ -138,9 +98,9 @@ def train_batches(
     return TrainBatches(grain.MapDataset.range(start_step, stop_step).map(batch_of), prefetch)
 
 
-def batch_at(cache: TokenCache, step: int, *, batch: int, seq: int, seed: int) -> Batch:
+def batch_at(tokens: TokenCache | Mixture, step: int, *, batch: int, seq: int, seed: int, packing: Packing = "concat") -> Batch:
     """The global batch that `train_batches` gives at `step`: to look at what the model saw when a loss jumped."""
-    rows = _rows_for(cache, batch, seq, seed)
+    rows = _rows_for(tokens, batch, seq, seed, packing, step + 1)
     return _stack([rows[g] for g in range(step * batch, (step + 1) * batch)])
 
 
@@ -195,23 +155,18 @@ def evaluation_batches(cache: TokenCache, *, batch: int, seq: int, stride: int, 
     return EvaluationBatches(cache, plan, np.arange(taken) * plan.rows // max(taken, 1), batch)
 
 
-def _rows_for(cache: TokenCache, batch: int, seq: int, seed: int) -> PackedRows:
+def _rows_for(tokens: TokenCache | Mixture, batch: int, seq: int, seed: int, packing: Packing, stop_step: int) -> Rows:
     require_positive(batch=batch)
-    rows = PackedRows(cache, seq=seq, seed=seed)
-    if rows.pairs < batch * seq:
+    rows = training_rows(tokens, seq=seq, seed=seed, packing=packing)
+    if rows.rows_per_epoch < batch or (packing == "concat" and rows.pairs < batch * seq):  # concat: no row half empty, either
         raise ValueError(
-            f"{len(cache)} documents hold {rows.pairs} (token, target) pairs, less than one batch of {batch} rows of {seq} "
-            f"({batch * seq} pairs): take a smaller batch (--batch), shorter rows (--seq) or more data"
+            f"{rows.documents} documents hold {rows.pairs} (token, target) pairs, less than one batch of {batch} rows of {seq} "
+            f"({batch * seq} pairs; packing {packing} makes {rows.rows_per_epoch} rows of them): "
+            "take a smaller batch (--batch), shorter rows (--seq) or more data"
         )
+    rows.require(stop_step * batch, f"{stop_step} steps of {batch} rows")
     return rows
 
 
 def _stack(rows: list[dict[str, np.ndarray]]) -> Batch:
     return Batch(*(np.stack([row[name] for row in rows]) for name in Batch._fields))
-
-
-def _permutation(n: int, seed: int, epoch: int, what: Literal["documents", "rows"]) -> np.ndarray:
-    """A random order of `n` things, the same for ever: NumPy promises the raw bits of a seed, and may change
-    `permutation` between versions, which would silently deal a resumed run other rows."""
-    bits = np.random.PCG64(np.random.SeedSequence([seed, epoch, ("documents", "rows").index(what)]))
-    return np.argsort(bits.random_raw(n), kind="stable")

@@ -4,54 +4,82 @@
 out, replaced or dropped on the way is counted in `Source.record`.
 """
 
-import gzip
-import json
 import os
 import platform
 import re
 import sysconfig
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from data.documents import Documents, OnInvalidUTF8, Source
+from data.documents import Documents, OnInvalidUTF8, Part, Source
+from data.hub import hub_dataset
+from data.mixture import mixed_source, parse_mixture
+from data.readers import (
+    ARRAY_RECORD_SUFFIXES,
+    JSONL_SUFFIXES,
+    MANY_SUFFIXES,
+    PARQUET_SUFFIXES,
+    TEXT_SUFFIXES,
+    is_readable,
+    read_array_record,
+    read_file,
+    read_jsonl,
+    read_parquet,
+    read_text,
+)
 
-_PROSE = "txt text md markdown rst org adoc tex bib html htm xml csv tsv json yaml yml toml ini cfg log"
-_CODE = "py pyi c h cc cpp hpp cu rs go java kt scala swift js jsx ts tsx css rb pl php lua jl r hs ml sql sh"
-TEXT_SUFFIXES = tuple(f".{suffix}" for suffix in f"{_PROSE} {_CODE}".split())
-JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
 ACCEPTED = (
-    "'stdlib' (the source of this Python), a folder of text files, "
-    f"a .jsonl or .jsonl.gz file with a `text` field, or a text file ({' '.join(TEXT_SUFFIXES)})"
+    "'stdlib' (the source of this Python), hf://owner/name/split, a folder of text files, "
+    f"a {', '.join(MANY_SUFFIXES)} file with a `text` field (another: FILE#column=NAME), "
+    f"a text file ({' '.join(TEXT_SUFFIXES)}), or a mixture of such as SOURCE:0.7,SOURCE:0.3"
 )
 STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "lib2to3", "ensurepip", "site-packages", "__pycache__"}
 
 
 def open_source(spec: str, *, on_invalid_utf8: OnInvalidUTF8 = "error") -> Source:
-    """The source that `spec` names: `stdlib`, a folder, a `.jsonl` or `.jsonl.gz` file, or a text file.
+    """The source that `spec` names: `stdlib`, a folder, a file with one text or with many, or a mixture of such
+    (`A:0.7,B:0.3`, see `data.mixture`).
 
     **Arguments:**
 
-    - `spec`: what the user typed. A folder called `stdlib` is `./stdlib`.
+    - `spec`: what the user typed. A folder called `stdlib` is `./stdlib`. `FILE#column=body` takes the texts from the field
+        or column `body` in place of `text`.
     - `on_invalid_utf8`: stop with the file and the byte, put U+FFFD in place of bad bytes, or leave the document out.
 
     **Raises:** `ValueError`, in words, for anything that cannot be read or gives no documents.
     """
-    path = Path(spec).expanduser()
+    if (parts := parse_mixture(spec)) is not None:
+        opened = [Part(name, open_source(name, on_invalid_utf8=on_invalid_utf8), weight) for name, weight in parts]
+        return mixed_source(spec, opened)
+    place, text_field = _column(spec)
+    path = Path(place).expanduser()
+    name = path.name.lower()
     if spec == "stdlib":
         return stdlib(on_invalid_utf8=on_invalid_utf8)
+    if place.startswith("hf:"):
+        return hub_dataset(place, text_field=text_field, on_invalid_utf8=on_invalid_utf8)
     if path.is_dir():
-        return folder(spec, on_invalid_utf8=on_invalid_utf8)
-    if path.exists() and path.name.lower().endswith(JSONL_SUFFIXES):
-        return jsonl(spec, on_invalid_utf8=on_invalid_utf8)
+        return folder(place, text_field=text_field, on_invalid_utf8=on_invalid_utf8)
+    if path.exists() and name.endswith(JSONL_SUFFIXES):
+        return jsonl(place, text_field=text_field, on_invalid_utf8=on_invalid_utf8)
+    if path.exists() and name.endswith(PARQUET_SUFFIXES):
+        return parquet(place, text_field=text_field, on_invalid_utf8=on_invalid_utf8)
+    if path.exists() and name.endswith(ARRAY_RECORD_SUFFIXES):
+        return array_record(place, on_invalid_utf8=on_invalid_utf8)
     if path.exists() and path.suffix.lower() in TEXT_SUFFIXES:
-        return text_file(spec, on_invalid_utf8=on_invalid_utf8)
+        return text_file(place, on_invalid_utf8=on_invalid_utf8)
     if path.exists():
         raise ValueError(f"'{spec}' has the unknown suffix '{path.suffix}'. Accepted: {ACCEPTED}")
     if scheme := re.match(r"[A-Za-z][\w+.-]+:", spec):
         raise ValueError(f"unknown scheme '{scheme[0]}' in '{spec}'. Accepted: {ACCEPTED}")
-    raise _missing(spec)
+    raise _missing(place)
+
+
+def _column(spec: str) -> tuple[str, str]:
+    """`FILE#column=NAME` in two; the column is `text` where none is named."""
+    place, mark, column = spec.rpartition("#column=")
+    return (place, column) if mark and column and not Path(spec).expanduser().exists() else (spec, "text")
 
 
 def stdlib(*, on_invalid_utf8: OnInvalidUTF8 = "error") -> Source:
@@ -63,8 +91,8 @@ def stdlib(*, on_invalid_utf8: OnInvalidUTF8 = "error") -> Source:
     kept = Documents("stdlib", on_invalid_utf8)
     for path in sorted(p.relative_to(root).as_posix() for p in root.rglob("*.py")):
         if STDLIB_LEFT_OUT.isdisjoint(path.split("/")[:-1]):
-            kept.add(path, (root / path).read_bytes(), f"'{root / path}'")
-    if not kept.names:
+            read_text(kept, root / path, path)
+    if not len(kept):
         raise ValueError(f"this Python keeps no .py files in '{root}'; give a file or folder of your own instead")
     python = f"{platform.python_implementation()} {platform.python_version()}"
     return kept.source("stdlib", {"kind": "stdlib", "python": python})
@@ -74,12 +102,13 @@ def text_file(path: str | Path, *, on_invalid_utf8: OnInvalidUTF8 = "error") -> 
     """One file as one document, line ends as they are. Its last twentieth, from a line break on, is held out."""
     file = _existing_file(path)
     kept = Documents(str(path), on_invalid_utf8)
-    kept.add(_printable(file.name), file.read_bytes(), f"'{path}'")
+    read_text(kept, file, _printable(file.name))
     return kept.source(file.name, {"kind": "text_file"})
 
 
-def folder(path: str | Path, *, on_invalid_utf8: OnInvalidUTF8 = "error") -> Source:
-    """A document from every file below `path` with a suffix in `TEXT_SUFFIXES`, named and sorted by relative path.
+def folder(path: str | Path, *, text_field: str = "text", on_invalid_utf8: OnInvalidUTF8 = "error") -> Source:
+    """The documents of every file below `path`, named and sorted by relative path: one from a file with a suffix in
+    `TEXT_SUFFIXES`, many from one with a suffix in `MANY_SUFFIXES`.
 
     Hidden files and folders (`.git`), linked folders and files with other suffixes are left out and counted.
     """
@@ -91,29 +120,35 @@ def folder(path: str | Path, *, on_invalid_utf8: OnInvalidUTF8 = "error") -> Sou
     left_out: Counter[str] = Counter()
     kept = Documents(str(path), on_invalid_utf8)
     for file in sorted(_walk(root, left_out), key=lambda file: file.relative_to(root).as_posix()):
-        kept.add(_printable(file.relative_to(root).as_posix()), file.read_bytes(), f"'{file}'")
-    if not kept.names and not kept.counts:
+        read_file(kept, file, _printable(file.relative_to(root).as_posix()), text_field)
+    if not len(kept) and not kept.counts:
         found = ", ".join(f"{count} {what}" for what, count in sorted(left_out.items())) or "nothing at all"
-        raise ValueError(f"no text files in '{path}'; it holds {found}. Taken are {' '.join(TEXT_SUFFIXES)}")
+        raise ValueError(f"no text files in '{path}'; it holds {found}. Taken are {' '.join(TEXT_SUFFIXES + MANY_SUFFIXES)}")
     return kept.source(root.resolve().name, {"kind": "folder", "left_out": dict(sorted(left_out.items()))})
 
 
-def jsonl(path: str | Path, *, on_invalid_utf8: OnInvalidUTF8 = "error") -> Source:
-    """A document from the field `text` of each line of a `.jsonl` or `.jsonl.gz` file, named `file:line` (from 1).
-
-    Other fields are not read. Blank lines are left out and counted.
-    """
+def jsonl(path: str | Path, *, text_field: str = "text", on_invalid_utf8: OnInvalidUTF8 = "error") -> Source:
+    """A document from the field `text_field` of each line of a `.jsonl` file, plain or packed as `.gz` or `.zst`."""
     file = _existing_file(path)
     kept = Documents(str(path), on_invalid_utf8)
-    for number, line in _lines(file):
-        where = f"line {number} of '{path}'"
-        if not line.strip():
-            kept.counts["blank_lines"] += 1
-        elif (decoded := kept.decode(line, where)) is not None:
-            # A lone \ud800 is legal JSON but not text: back to bytes, where the one rule for bad UTF-8 meets it.
-            text = _text_field(decoded, where).encode("utf-8", "surrogatepass")
-            kept.add(f"{_printable(file.name)}:{number}", text, f"`text` in {where}")
+    read_jsonl(kept, file, _printable(file.name), text_field)
     return kept.source(file.name, {"kind": "jsonl"})
+
+
+def parquet(path: str | Path, *, text_field: str = "text", on_invalid_utf8: OnInvalidUTF8 = "error") -> Source:
+    """A document from the column `text_field` of each row of a `.parquet` file. Needs the extra `data`."""
+    file = _existing_file(path)
+    kept = Documents(str(path), on_invalid_utf8)
+    read_parquet(kept, file, _printable(file.name), text_field)
+    return kept.source(file.name, {"kind": "parquet", "column": text_field})
+
+
+def array_record(path: str | Path, *, on_invalid_utf8: OnInvalidUTF8 = "error") -> Source:
+    """A document from each record, UTF-8 text, of an `.array_record` file."""
+    file = _existing_file(path)
+    kept = Documents(str(path), on_invalid_utf8)
+    read_array_record(kept, file, _printable(file.name))
+    return kept.source(file.name, {"kind": "array_record"})
 
 
 def _walk(root: Path, left_out: Counter[str]) -> Iterator[Path]:
@@ -125,38 +160,13 @@ def _walk(root: Path, left_out: Counter[str]) -> Iterator[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         left_out["linked folders"] += sum((Path(at) / name).is_symlink() for name in folders)
         for file in (Path(at) / name for name in files if not name.startswith(".")):
-            if file.suffix.lower() in TEXT_SUFFIXES and file.is_file():
+            if is_readable(file.name) and file.is_file():
                 yield file
             else:
                 left_out[f"*{file.suffix}" if file.is_file() else "not a regular file"] += 1
     for what in ("hidden", "linked folders"):
         if not left_out[what]:
             del left_out[what]
-
-
-def _lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    number = 0
-    try:
-        with gzip.open(file, "rb") if file.suffix.lower() == ".gz" else file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                yield number, line
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(
-            f"'{file}' is not a whole gzip file: {error} (after line {number}). Check it with `gzip -t` and fetch it again"
-        ) from error
-
-
-def _text_field(line: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error}. Expected one object a line with a `text` field") from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        found = f"the keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
-        if isinstance(row, dict) and "text" in row:
-            found = f"`text` of type {type(row['text']).__name__}"
-        raise ValueError(f"{where} has {found}: expected an object whose `text` is a string")
-    return row["text"]
 
 
 def _existing_file(path: str | Path) -> Path:

@@ -4,8 +4,8 @@ What happens: a byte-level BPE tokenizer is trained on the corpus, the corpus is
 on it with Muon, and the result is measured on files it has never seen, sampled from, and exported as a folder that `transformers` loads.
 
 The corpus is the source code of the Python standard library that runs this: about 650 files and 12 MB that every machine has, free to use,
-and with a natural yardstick, since everybody can run `xz -9` on the same held-out files. Any text will do: `--data FOLDER`, `FILE.txt` or
-`FILE.jsonl[.gz]`.
+and with a natural yardstick, since everybody can run `xz -9` on the same held-out files. Any text will do: `--data FOLDER`, `FILE.txt`,
+`FILE.jsonl[.gz|.zst]`, `FILE.parquet`, `hf://owner/name/split`, or several with weights: `--data stdlib:0.7,books/:0.3`.
 
     python -m recipes.pretrain_small                       # about ten minutes on 2 CPU cores
     python -m recipes.pretrain_small --preset 14m --data my_texts/ --minutes 60
@@ -37,7 +37,9 @@ from rich.table import Table
 
 import lm
 from data.cache import TokenCache
-from data.pipeline import PackedRows, batch_at, evaluation_batches, train_batches
+from data.packing import Packing
+from data.pipeline import batch_at, evaluation_batches, train_batches
+from data.rows import MixedRows, Mixture, OnEnd, training_rows
 from data.sources import Source, open_source
 from data.tasks.python_syntax import complete_statements, parses
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -70,7 +72,10 @@ class Config(RecipeConfig):
     """Everything that makes the run what it is. Presets set the sizes."""
 
     preset: Literal["1m", "4m", "14m", "30m", "60m"] = Field("4m", description="sizes of model and batch, by parameter count")
-    data: str = Field("stdlib", description="the corpus: 'stdlib', a text file, a folder, or .jsonl[.gz] with a 'text' field")
+    data: str = Field(
+        "stdlib", description="the corpus: stdlib, a folder, a file (text, jsonl, parquet), hf://owner/name/split, or a mixture A:0.7,B:0.3"
+    )
+    on_end: OnEnd = Field("repeat", description="what a part of a mixture does after its last row: begin again, or stop the run")
     on_invalid_utf8: Literal["error", "replace", "skip"] = Field("error", description="what to do with a document that is not UTF-8")
     vocab: int = Field(4096, ge=256 + len(SPECIAL_TOKENS), description="tokens of the vocabulary to be learned, special ones included")
     d_model: int = Field(256, gt=0, description="width of the residual stream")
@@ -79,6 +84,7 @@ class Config(RecipeConfig):
     n_kv_heads: int = Field(4, gt=0, description="key and value heads of a block; a divisor of n-heads")
     d_ff: int = Field(704, gt=0, description="hidden width of the MLPs")
     seq: int = Field(512, gt=1, description="tokens of a row, and the context of the model")
+    packing: Packing = Field("concat", description="rows from documents: cut to fill (concat), kept whole (best_fit), or one a row (pad)")
     dropout: float = Field(0.0, ge=0, lt=1, description="probability, on embedding and residual branches; useful past a few epochs")
     batch: int = Field(8, gt=0, description="rows a step; tokens a step = batch x seq")
 
@@ -166,12 +172,12 @@ def run(config: Config, folder: Path) -> None:
     source = open_source(config.data, on_invalid_utf8=config.on_invalid_utf8)
     describe_source(source)
     tokenizer = train_or_load_tokenizer(config, source, folder / "tokenizer")
-    train_tokens = encode(source.train, tokenizer, source, "train")
+    train_tokens = encode_training(source, tokenizer, config)
     held_out = encode(source.held_out, tokenizer, source, "held_out")
     bytes_per_token = float(np.sum(held_out.text_bytes)) / held_out.total_tokens
     logger.info(f"tokenizer: {tokenizer.vocab_size:,} tokens, {bytes_per_token:.2f} bytes a token on held-out text")
-    rows = PackedRows(train_tokens, seq=config.seq, seed=config.seed)
-    packing = {"batch": config.batch, "seq": config.seq, "seed": config.seed}
+    rows = training_rows(train_tokens, seq=config.seq, seed=config.seed, packing=config.packing)
+    packing: dict[str, Any] = {"batch": config.batch, "seq": config.seq, "seed": config.seed, "packing": config.packing}
     first_batch = batch_at(train_tokens, 0, **packing)  # a corpus too small for one stops here
     if not config.resume:
         save_config(config, folder)  # from here on there is a run to resume
@@ -195,6 +201,8 @@ def run(config: Config, folder: Path) -> None:
     if config.steps is None:
         seconds = seconds_a_step(step, fresh_state(), first_batch)
         fit, most = int(config.minutes * 60 / seconds), int(config.max_epochs * rows.rows_per_epoch / config.batch)
+        if isinstance(rows, MixedRows) and rows.on_end == "stop":
+            most = min(most, rows.rows_before_an_end() // config.batch)
         config = config.model_copy(update={"steps": max(1, min(fit, most))})
         logger.info(
             f"{seconds:.2f} s a step: {fit:,} steps fit into {config.minutes:g} minutes, {most:,} make {config.max_epochs:g} epochs; "
@@ -212,11 +220,15 @@ def run(config: Config, folder: Path) -> None:
         "corpus": source.record,
         "tokenizer": {"digest": tokenizer.digest, "vocab": tokenizer.vocab_size, "bytes_per_token_held_out": bytes_per_token},
         "packing": rows.describe(),
+        "mixture": rows.realised(config.steps * config.batch),
         "model": {"model_type": model_config.model_type, "parameters": n_params, **model_config.model_dump()},
         "steps": config.steps,
         "tokens": config.steps * config.batch * config.seq,
         "seed": config.seed,
     }
+    for name, part in rows.realised(config.steps * config.batch).items():
+        shares = f"{part['token_share']:.2%} (asked: {part['weight']:.2%})"
+        logger.info(f"mixture: {name} {part['tokens']:,} tokens, {shares}, {part['epochs']:.2f} epochs")
     identity = {"corpus": source.record["sha256"], "tokenizer": tokenizer.digest}
 
     # The loop.
@@ -269,6 +281,8 @@ def run(config: Config, folder: Path) -> None:
     speed = float(np.median(speeds))
     results |= {"steps": config.steps, "skipped": int(state.skipped), "train_s": record["train_s"]}
     results |= {"tokens_per_s": speed, "mfu": mfu(speed, flops, peak.flops_per_s)}
+    if mixture := rows.realised(config.steps * config.batch):
+        results["mixture"] = mixture
     samples = judge_samples(config, folder, state.model, tokenizer, prompts, source, results)
     export(state.model, tokenizer, folder / "export", manifest=manifest, results=results)
     write_json(folder / "results.json", results)
@@ -370,7 +384,7 @@ def train_or_load_tokenizer(config: Config, source: Source, folder: Path) -> Tok
     if config.resume:
         return Tokenizer.load(folder)
     logger.info(f"training a tokenizer of {config.vocab:,} tokens")
-    tokenizer = Tokenizer.train((document["text"] for document in source.train), config.vocab)
+    tokenizer = Tokenizer.train((source.train[i]["text"] for i in range(len(source.train))), config.vocab)  # one text in memory at a time
     tokenizer.save(folder, model_max_length=config.seq)
     return tokenizer
 
@@ -382,6 +396,15 @@ def encode(documents: Any, tokenizer: Tokenizer, source: Source, split: str) -> 
         return TokenCache.build_or_open(
             documents, tokenizer, folder, source_digest=digest, split=split, on_progress=lambda done, _: told(done)
         )
+
+
+def encode_training(source: Source, tokenizer: Tokenizer, config: Config) -> TokenCache | Mixture:
+    """The tokens of the source, or of each part of a mixture."""
+    if not source.parts:
+        return encode(source.train, tokenizer, source, "train")
+    caches = tuple(encode(part.source.train, tokenizer, part.source, "train") for part in source.parts)
+    names, weights = tuple(part.name for part in source.parts), tuple(part.weight for part in source.parts)
+    return Mixture(names, caches, weights, config.on_end)
 
 
 # ------------------------------------------------------------------------------------------- how to run
@@ -515,9 +538,18 @@ def measure(config: Config, folder: Path, model: Any, token_nats: Any, source: S
     def of(documents: Any) -> float:
         return bits_per_byte(sum(nats[i] for i in documents), sum(int(held_out.text_bytes[i]) for i in documents))
 
-    results = {"bits_per_byte": of(everything), "held_out_bytes": int(sum(held_out.text_bytes)), "held_out_tokens": sum(tokens.values())}
+    results: dict[str, Any] = {
+        "bits_per_byte": of(everything),
+        "held_out_bytes": int(sum(held_out.text_bytes)),
+        "held_out_tokens": sum(tokens.values()),
+    }
     if 0 < len(others) < len(held_out):
         results["bits_per_byte_without_encodings"] = of(others)
+    start = 0
+    for part in source.parts:  # their held-out documents stand one part after another
+        end = start + part.source.record["held_out_documents"]
+        results.setdefault("bits_per_byte_by_source", {})[part.name] = of(range(start, end))
+        start = end
     results |= xz_yardsticks(source, cache_root() / "xz")
     nats_per_bit = math.log(2) * results["held_out_bytes"] / results["held_out_tokens"]  # bits a byte → nats a token
     references = {coder: results[key] * nats_per_bit for key, coder in (("xz", "xz -9"), ("xz_primed", "xz -9, primed")) if key in results}
@@ -555,6 +587,8 @@ def show(results: dict[str, Any], folder: Path, samples: list[dict[str, Any]]) -
     table.add_row("this model", f"{results['bits_per_byte']:.4f}")
     if "bits_per_byte_without_encodings" in results:
         table.add_row("this model, without encodings/", f"{results['bits_per_byte_without_encodings']:.4f}")
+    for name, value in results.get("bits_per_byte_by_source", {}).items():
+        table.add_row(f"this model, {name}", f"{value:.4f}")
     for key, coder in YARDSTICKS.items():
         if key in results:
             table.add_row(coder, f"{results[key]:.4f}")

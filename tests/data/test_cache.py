@@ -35,6 +35,7 @@ def test_documents_stand_between_bos_and_eos(documents, tokenizer, tmp_path) -> 
         assert whole.dtype == np.int32
         assert whole.tolist() == [tokenizer.bos_id, *tokenizer.encode(documents[i]["text"]), tokenizer.eos_id]
         assert cache.names[i] == documents[i]["name"]
+        assert json.loads((cache.folder / "names.json").read_text())[i] == documents[i]["name"]
         assert cache.text_bytes[i] == len(documents[i]["text"].encode())
         assert cache.lengths[i] == len(whole)
         assert cache.piece(i, 1, len(whole) - 1).tolist() == whole[1:].tolist()
@@ -90,7 +91,7 @@ def test_vocabulary_above_uint16_is_stored_as_uint32(documents, tokenizer, tmp_p
     assert equal(cache, build(documents, tokenizer, tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "offsets.bin", "text_bytes.bin", "names.json", "record.json", "SHA256SUMS"])
+@pytest.mark.parametrize("name", ["tokens.bin", "offsets.bin", "text_bytes.bin", "names.json", "names.bin", "record.json", "SHA256SUMS"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_damage_is_noticed_and_repaired(documents, tokenizer, tmp_path, warnings, name: str, damage: str) -> None:
     sound = build(documents, tokenizer, tmp_path / "sound")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import data.packing
-from data.packing import Plan, build_row, describe, plan_concat, plan_windows, row_documents
+from data.packing import PACKINGS, Plan, build_row, describe, plan_best_fit, plan_concat, plan_pad, plan_windows, row_documents
 
 LENGTHS = [23, 2, 8, 3, 51, 15, 1, 9, 2]  # tokens; the document of one token has no pair
 PAIRS = {(d, start) for d, n in enumerate(LENGTHS) for start in range(n - 1)}
@@ -66,7 +66,10 @@ def test_concat_keeps_the_order_given() -> None:
     assert seen == order
 
 
-@pytest.mark.parametrize("plan", [plan_concat(LENGTHS, 7, [3, 4, 0, 1, 2]), plan_windows(LENGTHS, 7, 3)])
+ROWS = [plan(LENGTHS, 7, [3, 4, 0, 1, 2]) for plan in PACKINGS.values()] + [plan_windows(LENGTHS, 7, 3)]
+
+
+@pytest.mark.parametrize("plan", ROWS, ids=[*PACKINGS, "windows"])
 def test_rows_are_well_formed(plan: Plan) -> None:
     for row in range(plan.rows):
         built = build_row(plan, row, Numbered())
@@ -112,12 +115,66 @@ def test_windows_that_fit_share_a_row_and_rows_follow_the_documents() -> None:
     assert describe(plan)["padding"] == 3
 
 
-def test_a_million_documents_are_planned_in_a_few_seconds() -> None:
+@pytest.mark.parametrize("packing", ["best_fit", "pad"])
+@pytest.mark.parametrize("seq", [1, 2, 7, 22, 64, 200])
+def test_whole_documents_place_every_pair_once_and_cut_only_the_long(packing, seq: int) -> None:
+    plan = PACKINGS[packing](LENGTHS, seq, [4, 0, 8, 6, 2, 1, 7, 5, 3])
+    assert pairs_with_loss(plan) == Counter(PAIRS)
+    pieces = Counter(plan.document.tolist())
+    assert pieces == {d: -(-(n - 1) // seq) for d, n in enumerate(LENGTHS) if n > 1}
+    assert describe(plan)["documents_cut"] == sum(n - 1 > seq for n in LENGTHS)
+    assert (plan.length[plan.start + plan.length < np.take(LENGTHS, plan.document) - 1] == seq).all()  # short pieces end documents
+
+
+def sequential_best_fit(pieces: list[int], seq: int) -> int:
+    """Rows of best-fit decreasing, as a book writes it: one piece at a time."""
+    room: list[int] = []
+    for need in sorted(pieces, reverse=True):
+        fitting = [i for i, free in enumerate(room) if free >= need]
+        if fitting:
+            room[min(fitting, key=room.__getitem__)] -= need
+        else:
+            room.append(seq - need)
+    return len(room)
+
+
+@pytest.mark.parametrize(("seq", "longest"), [(5, 6), (31, 40), (64, 20), (100, 101), (257, 90)])
+def test_best_fit_makes_the_rows_of_the_sequential_algorithm_in_any_order(seq: int, longest: int) -> None:
+    rng = np.random.default_rng(seq)
+    lengths = rng.integers(1, longest + 1, 400)
+    expected = None
+    for _ in range(3):
+        plan = plan_best_fit(lengths, seq, rng.permutation(400))
+        expected = expected or sequential_best_fit(plan.length.tolist(), seq)
+        assert plan.rows == expected
+        filled = np.add.reduceat(plan.length, plan.row_start[:-1])
+        assert (filled <= seq).all()
+        assert (filled > 0).all()
+
+
+def test_best_fit_shares_rows_otherwise_in_another_order() -> None:
+    lengths = np.full(40, 4)
+    rows = [plan_best_fit(lengths, 7, order).document.reshape(-1, 2).tolist() for order in (np.arange(40), np.arange(40)[::-1])]
+    assert rows[0][0] == [0, 1]
+    assert rows[1][0] == [39, 38]
+
+
+def test_pad_gives_every_piece_its_own_row() -> None:
+    plan = plan_pad([5, 4, 12], 5, [1, 2, 0])
+    assert plan.row_start.tolist() == [0, 1, 2, 3, 4, 5]
+    assert plan.document.tolist() == [1, 2, 2, 2, 0]
+    assert plan.length.tolist() == [3, 5, 5, 1, 4]
+    assert describe(plan)["padding"] == 25 - 18
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_million_documents_are_planned_in_a_few_seconds(packing) -> None:
     lengths = np.random.default_rng(0).integers(2, 700, 1_000_000)
     began = time.process_time()
-    plan = plan_concat(lengths, 512, np.arange(len(lengths))[::-1])
+    plan = PACKINGS[packing](lengths, 512, np.arange(len(lengths))[::-1])
     assert time.process_time() - began < 5  # seconds of CPU; about one on an idle core
     assert plan.length.sum() == (lengths - 1).sum()
+    assert describe(plan)["fill_fraction"] > (0.5 if packing == "pad" else 0.99)
 
 
 def test_describe_counts() -> None:
@@ -131,13 +188,15 @@ def test_describe_counts() -> None:
         "padding": 1,
         "fill_fraction": 0.9,
     }
-    assert describe(plan_concat([], 5, []))["rows"] == 0
+    assert all(describe(plan([], 5, []))["rows"] == 0 for plan in PACKINGS.values())
     assert describe(plan_windows([], 5, 2))["rows"] == 0
 
 
 def test_errors_in_words() -> None:
     with pytest.raises(ValueError, match="seq must be at least 1, got 0"):
         plan_concat(LENGTHS, 0, [0])
+    with pytest.raises(ValueError, match="seq must be at least 1, got -3"):
+        plan_best_fit(LENGTHS, -3, [0])
     with pytest.raises(ValueError, match="stride must be at least 1, got -2"):
         plan_windows(LENGTHS, 7, -2)
     with pytest.raises(ValueError, match=r"stride \(8\) must be at most seq \(7\)"):

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from data.cache import TokenCache
-from data.pipeline import Batch, PackedRows, _permutation, batch_at, evaluation_batches, train_batches
+from data.packing import PACKINGS
+from data.pipeline import Batch, batch_at, evaluation_batches, train_batches
+from data.rows import PackedRows, _permutation
 
 BATCH, SEQ, SEED = 6, 17, 5
 
@@ -39,8 +41,10 @@ def test_batches_have_the_shapes_and_types_promised(cache) -> None:
         assert [field.dtype for field in batch] == [np.int32] * 4 + [np.float32]
 
 
-def test_an_epoch_has_every_document_whole_and_once(cache) -> None:
-    rows = PackedRows(cache, seq=SEQ, seed=SEED)
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_an_epoch_has_every_document_whole_and_once(cache, packing) -> None:
+    rows = PackedRows(cache, seq=SEQ, seed=SEED, packing=packing)
+    assert rows.describe()["packing"] == packing
     for epoch in (0, 1, 3):
         seen: Counter = Counter()
         documents: dict[tuple[int, int], np.ndarray] = {}
@@ -72,16 +76,17 @@ def test_order_of_a_seed_is_fixed_for_ever() -> None:
     assert _permutation(11, 5, 2, "rows").tolist() == [6, 10, 5, 2, 4, 7, 9, 8, 1, 3, 0]
 
 
-def test_batch_depends_on_the_step_alone(cache) -> None:
-    stop = 3 * PackedRows(cache, seq=SEQ, seed=SEED).rows_per_epoch // BATCH + 2  # into the fourth epoch
-    straight = batches(cache, stop_step=stop)
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_batch_depends_on_the_step_alone(cache, packing) -> None:
+    stop = 3 * PackedRows(cache, seq=SEQ, seed=SEED, packing=packing).rows_per_epoch // BATCH + 2  # into the fourth epoch
+    straight = batches(cache, packing=packing, stop_step=stop)
     assert len(straight) == stop
     for start in (0, 1, 4, stop - 1, stop):
-        resumed = batches(cache, start_step=start, stop_step=stop, prefetch=start % 3 + 1)
+        resumed = batches(cache, packing=packing, start_step=start, stop_step=stop, prefetch=start % 3 + 1)
         assert len(resumed) == stop - start
         assert all(equal(a, b) for a, b in zip(resumed, straight[start:], strict=True))
     for step in (stop - 1, 0, 5):
-        assert equal(batch_at(cache, step, batch=BATCH, seq=SEQ, seed=SEED), straight[step])
+        assert equal(batch_at(cache, step, batch=BATCH, seq=SEQ, seed=SEED, packing=packing), straight[step])
 
 
 @pytest.mark.parametrize("process_count", [1, 2, 3, 6])
@@ -125,6 +130,7 @@ def test_corpus_smaller_than_a_batch_is_refused_with_numbers(cache) -> None:
         ({"start_step": -1}, "start_step -1 and stop_step 3"),
         ({"process_count": 4}, "process_count 4, batch 6"),
         ({"process_index": 2, "process_count": 2}, "process_index 2"),
+        ({"packing": "tight"}, "packing must be one of concat, best_fit, pad, got 'tight'"),
         ({"seq": 0}, "seq must be at least 1, got 0"),
         ({"batch": 0}, "batch must be at least 1, got 0"),
         ({"seed": -1}, "seed must be 0 or more, got -1"),

@@ -1,0 +1,180 @@
+"""Facts about `data.hub`, against a small Hub on this machine."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def lines_of(start: int, count: int) -> bytes:
+    return "".join(json.dumps({"text": f"document {i} 漢", "body": f"body {i}"}) + "\n" for i in range(start, start + count)).encode()
+
+
+FILES = {
+    "README.md": b"# A dataset\n",
+    "data/train-00000-of-00002.jsonl": lines_of(0, 400),
+    "data/train-00001-of-00002.jsonl.gz": gzip.compress(lines_of(400, 100)),
+    "data/training-notes.jsonl": b"not of the split\n",
+    "test.jsonl": lines_of(1000, 30),
+}
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The calls that a snapshot of a dataset makes."""
+
+    protocol_version = "HTTP/1.1"
+    seen: list[tuple[str, str, str | None]]
+    cut_once: set[str]
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        path = self.path.split("?")[0]
+        self.seen.append((self.command, path, self.headers.get("Range")))
+        if path in ("/api/datasets/someone/texts/revision/main", f"/api/datasets/someone/texts/revision/{COMMIT}"):
+            self.reply({"id": "someone/texts", "sha": COMMIT, "siblings": [{"rfilename": name} for name in FILES]})
+        elif path.startswith("/api/datasets/someone/texts/tree/"):
+            self.reply([{"type": "file", "path": name, "size": len(raw), "oid": f"{i:040}"} for i, (name, raw) in enumerate(FILES.items())])
+        elif (name := path.removeprefix(f"/datasets/someone/texts/resolve/{COMMIT}/")) in FILES:
+            self.file(name, body)
+        else:
+            code = "RevisionNotFound" if path.startswith("/api/datasets/someone/texts/") else "RepoNotFound"
+            self.reply({"error": "not here"}, status=404, extra={"X-Error-Code": code})
+
+    def file(self, name: str, body: bool) -> None:
+        raw = FILES[name]
+        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(raw) - 1}/{len(raw)}")
+        for header, value in (
+            ("ETag", f'"{list(FILES).index(name):040}"'),
+            ("X-Repo-Commit", COMMIT),
+            ("Content-Length", len(raw) - start),
+        ):
+            self.send_header(header, str(value))
+        self.end_headers()
+        if body and name in self.cut_once:
+            self.cut_once.remove(name)
+            self.wfile.write(raw[: len(raw) // 2])
+            self.close_connection = True
+        elif body:
+            self.wfile.write(raw[start:])
+
+    def reply(self, content: object, status: int = 200, extra: dict[str, str] | None = None) -> None:
+        raw = json.dumps(content).encode()
+        self.send_response(status)
+        for header, value in {"Content-Type": "application/json", "Content-Length": str(len(raw)), **(extra or {})}.items():
+            self.send_header(header, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(raw)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+OPEN_ALL = """
+import json, sys
+import huggingface_hub.constants
+huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 1 << 12  # what arrived before a cut is kept in steps of this
+from data.sources import open_source
+for spec in sys.argv[1:]:
+    try:
+        source = open_source(spec)
+    except ValueError as error:
+        print(json.dumps({"error": str(error)}))
+        continue
+    texts = {d[i]["name"]: d[i]["text"] for d in (source.train, source.held_out) for i in range(len(d))}
+    print(json.dumps({"record": source.record, "texts": texts, "name": source.name}))
+"""
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[type[Hub]]:
+    handler = type("OwnHub", (Hub,), {"seen": [], "cut_once": set()})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    handler.address = f"http://127.0.0.1:{server.server_port}"
+    yield handler
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+def opened(hub: type[Hub], home: Path, *specs: str, **more: str) -> list[dict]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_") and "proxy" not in name.lower()}
+    settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    command = [sys.executable, "-c", OPEN_ALL, *specs]
+    done = subprocess.run(command, cwd=ROOT, env=kept | settings | more, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_a_split_is_fetched_file_by_file_and_then_read_from_the_cache(hub, home) -> None:
+    hub.cut_once.add("data/train-00000-of-00002.jsonl")
+    (found,) = opened(hub, home, "hf://someone/texts/train")
+    names = [f"data/train-00000-of-00002.jsonl:{i}" for i in range(1, 401)] + [
+        f"data/train-00001-of-00002.jsonl.gz:{i}" for i in range(1, 101)
+    ]
+    assert found["texts"] == {name: f"document {i} 漢" for i, name in enumerate(names)}
+    assert found["name"] == "texts-train"
+    assert (found["record"]["kind"], found["record"]["commit"], found["record"]["revision"]) == ("hub", COMMIT, "main")
+    assert found["record"]["files"] == [name for name in FILES if name.startswith("data/train-")]
+    fetched = [path for command, path, _ in hub.seen if command == "GET" and "/resolve/" in path]
+    assert {path.split(COMMIT + "/")[1] for path in fetched} == set(found["record"]["files"])  # no other file
+    assert [part for _, path, part in hub.seen if part and path.endswith("00000-of-00002.jsonl")]  # it went on where it was cut
+
+    hub.seen.clear()
+    offline, pinned, missing = opened(
+        hub,
+        home,
+        "hf://someone/texts/train",
+        f"hf://someone/texts@{COMMIT}/train#column=body",
+        "hf://someone/texts/test",
+        HF_HUB_OFFLINE="1",
+    )
+    assert hub.seen == []
+    assert offline == found
+    assert pinned["texts"][names[7]] == "body 7"
+    assert "error" in missing  # another split, never fetched
+
+
+def test_what_is_not_there_is_said(hub, home) -> None:
+    no_split, no_repo, no_revision, no_spec, mixed = opened(
+        hub,
+        home,
+        "hf://someone/texts/validation",
+        "hf://someone/else/train",
+        "hf://someone/texts@v9/train",
+        "hf://texts",
+        "hf://someone/texts/train:0.7,hf://someone/texts/test:0.3",
+    )
+    assert "no split 'validation' in the dataset someone/texts: it holds README.md, data/train-00000-of-00002.jsonl" in no_split["error"]
+    assert "no dataset someone/else on the Hub" in no_repo["error"]
+    assert "the dataset someone/texts has no revision 'v9'" in no_revision["error"]
+    assert "expected hf://owner/name/split or hf://owner/name@revision/split, got 'hf://texts'" in no_spec["error"]
+    assert [part["documents"] for part in mixed["record"]["parts"]] == [500, 30]
+
+
+def test_a_hub_out_of_reach_is_said(hub, tmp_path) -> None:
+    (found,) = opened(hub, tmp_path, "hf://someone/texts/train", HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_ETAG_TIMEOUT="1")
+    assert "'hf://someone/texts/train' could not be fetched" in found["error"]
