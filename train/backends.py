@@ -6,8 +6,9 @@
     xla         everywhere                 any           any                      no         no
     reference   everywhere                 any           any                      yes        yes
 
-The names are those of `lm.kernels.BACKENDS`. `auto` is the first of these that can, with two words more: on a CPU without bf16 products,
-where `cpu` was not measured, it is `reference`, and `xla` is never chosen on a CPU. A backend asked for by name that cannot is an error;
+The names are those of `lm.kernels.BACKENDS`. `auto` is the first of these that can, with three words more: `cudnn` must be asked for by
+name, since it has not run on a card here yet; on a CPU without bf16 products, where `cpu` was not measured, it is `reference`; and `xla` is
+never chosen on a CPU. A backend asked for by name that cannot is an error;
 nothing is replaced.
 """
 
@@ -56,7 +57,7 @@ def choose_backend(
     able = [name for name, reason in reasons.items() if reason is None]
     if asked == "auto":
         if device["platform"] != "cpu":
-            return able[0]
+            return next(name for name in able if name != "cudnn")
         return "cpu" if "cpu" in able and _multiplies_bf16(device) else "reference"
     if asked not in BACKENDS:
         raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {asked!r}")
