@@ -212,13 +212,6 @@ def test_two_processes_do_not_share_a_run_folder(shared):
     assert "another process is at work" in output
 
 
-def test_another_seed_is_another_model(shared):
-    folder, arguments, _ = shared
-    status, output = run([*arguments, "--steps", 3, "--seed", 1, "--run-dir", folder / "seed", "--report-samples", 0], folder / "cache")
-    assert status == 0, output
-    assert losses(folder / "seed")[0] != losses(folder / "whole")[0]
-
-
 def test_sample_continues_from_run_export_and_checkpoint(shared, tmp_path):
     folder, _, _ = shared
     arguments = ["--prompt", "import ", "--max-new-tokens", 12, "--temperature", 0]
@@ -235,16 +228,6 @@ def test_sample_continues_from_run_export_and_checkpoint(shared, tmp_path):
     assert f"checkpoint of step {STEPS}" in output
     texts.append(output[output.index("import ") :].rsplit("\n[", 1)[0])
     assert len(set(texts)) == 1
-
-
-def test_resuming_another_experiment_is_refused(shared):
-    folder, arguments, _ = shared
-    status, output = run(
-        [*arguments, "--run-dir", folder / "whole", "--resume", "--d-ff", 56, "--optimizer.momentum", 0.9], folder / "cache"
-    )
-    assert status == 2
-    assert "--d-ff: the run has 48, asked for is 56" in output
-    assert "--optimizer.momentum: the run has 0.95, asked for is 0.9" in output
 
 
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(shared, tmp_path):
