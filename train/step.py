@@ -100,16 +100,17 @@ class TrainState(eqx.Module):
         return None if average is None else eqx.combine(average, self.frozen)
 
     def items(self) -> dict[str, Any]:
-        """What a checkpoint holds of this state. `model` is whole, frozen arrays included: it loads alone."""
+        """What a checkpoint holds of this state. `model` and `average` are whole, frozen arrays included: each loads alone."""
         items = {"model": self.model, "optimizer": {"state": self.optimizer, "stats": self.stats}}
-        return items if self.average is None else items | {"average": self.average}
+        return items if self.averaged is None else items | {"average": self.averaged}
 
     def with_items(self, items: Mapping[str, Any], step: int) -> "TrainState":
         """The state (this one may be abstract) with what a checkpoint held."""
         trained = jax.tree.map(lambda leaf: leaf is not None, self.trainable, is_leaf=lambda leaf: leaf is None)
         trainable, frozen = eqx.partition(items["model"], trained)
+        average = None if self.average is None else eqx.filter(items["average"], trained)
         optimizer = items["optimizer"]
-        return TrainState(trainable, frozen, items.get("average"), optimizer["state"], jnp.asarray(step, jnp.int32), optimizer["stats"])
+        return TrainState(trainable, frozen, average, optimizer["state"], jnp.asarray(step, jnp.int32), optimizer["stats"])
 
 
 Metrics = dict[str, Any]
