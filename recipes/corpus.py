@@ -25,7 +25,14 @@ def describe_source(source: Source) -> None:
         logger.info("left out or changed: " + ", ".join(f"{count:,} {what}" for what, count in counts.items() if count))
 
 
-LEFT_OUT = ("empty_documents", "blank_lines", "invalid_documents_skipped", "invalid_documents_replaced", "characters_replaced")
+LEFT_OUT = (
+    "empty_documents",
+    "blank_lines",
+    "invalid_documents_skipped",
+    "invalid_documents_replaced",
+    "characters_replaced",
+    "null_texts",
+)
 
 
 def encode(documents: Any, tokenizer: Tokenizer, source: Source, split: str) -> TokenCache:

@@ -54,6 +54,8 @@ def card(manifest: Mapping[str, Any], results: Mapping[str, Any], bos_id: int | 
     """The model card, in the Hub's format: front matter, then words."""
     corpus, model, device = manifest["corpus"], manifest["model"], manifest["sessions"][-1]["device"]
     text = f"the standard library of {corpus['python']}" if "python" in corpus else f"{corpus['kind']} source"
+    continued = manifest.get("continued_from")
+    origin = "trained from scratch" if continued is None else f"continued from {continued['source']}"
     lines = [
         "---",
         "library_name: transformers",
@@ -61,7 +63,7 @@ def card(manifest: Mapping[str, Any], results: Mapping[str, Any], bos_id: int | 
         "tags: [jax, equinox, zmaj-lm]",
         "---",
         "",
-        f"# A {model['parameters'] / 1e6:.1f}M-parameter {model['model_type']} trained from scratch",
+        f"# A {model['parameters'] / 1e6:.1f}M-parameter {model['model_type']} {origin}",
         "",
         f"Trained with zmaj-lm on {corpus['train_bytes']:,} bytes of text ({text}, {corpus['train_documents']:,} documents): "
         f"{manifest['tokens']:,} tokens in {manifest['steps']:,} steps on {device.get('cpu') or device['device_kind']}.",
@@ -70,6 +72,8 @@ def card(manifest: Mapping[str, Any], results: Mapping[str, Any], bos_id: int | 
         "|---|---|",
         f"| this model | {results['bits_per_byte']:.4f} |",
         *(f"| {coder} | {results[key]:.4f} |" for key, coder in YARDSTICKS.items() if key in results),
+        *(f"| before, {name} text | {found['bits_per_byte']:.4f} |" for name, found in results.get("before", {}).items()),
+        *(f"| after, {name} text | {found['bits_per_byte']:.4f} |" for name, found in results.get("after", {}).items()),
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
