@@ -20,7 +20,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 ARROW = re.compile(r"\s# → (.*?)(?:; .*)?$")
-FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
 RECIPE = re.compile(r"-m recipes\.(\w+)")
 TOOLS_FLAGS = {"--extra", "--python", "--fix", "--upgrade-package", "--locked", "--frozen"}  # of uv and ruff
 
@@ -136,10 +136,15 @@ def unknown_flags(text: str) -> list[str]:
     return unknown
 
 
+def prose(page: Path) -> str:
+    """The page without its blocks of code."""
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
 def missing_links(page: Path) -> list[str]:
     """Files, and headings of pages, that `page` links to and that are not there."""
     missing = []
-    for target in re.findall(r"\]\(([^):]+)\)", page.read_text(encoding="utf-8")):
+    for target in re.findall(r"\]\(([^):]+)\)", re.sub(r"`[^`\n]*`", "", prose(page))):
         name, _, heading = target.partition("#")
         file = page.parent / name if name else page
         if not file.exists() or (heading and heading not in headings(file)):
@@ -149,6 +154,5 @@ def missing_links(page: Path) -> list[str]:
 
 def headings(page: Path) -> set[str]:
     """The anchors that its headings get: small letters, dashes for spaces, no punctuation."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    found = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    found = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
