@@ -3,7 +3,7 @@
     uv run python docs/make_images.py            all of them, into docs/images/
     uv run python docs/make_images.py rope mlp   some
 
-Those of the model (mask, rope, mlp) and of packing come out the same everywhere. The tokens are those of two tokenizers trained on the
+Those of the model (masks, rope, mlp) and of packing come out the same everywhere. The tokens are those of two tokenizers trained on the
 standard library of the Python that runs this, so they differ a little between Python versions.
 """
 
