@@ -210,7 +210,7 @@ def run(config: Config, folder: Path) -> None:
         write_json(folder / "manifest.json", manifest)
         begin = time.monotonic() - record["train_s"]
         with (
-            RunLog(folder, total_steps=config.steps, start_step=start + 1) as log,
+            RunLog(folder, total_steps=config.steps, start_step=start + 1 if start else 0) as log,
             train_batches(train_tokens, **packing, start_step=start, stop_step=config.steps) as batches,
             interruptible() as interrupt,
         ):
@@ -219,6 +219,8 @@ def run(config: Config, folder: Path) -> None:
                 intervals = (config.save_every, config.validate_every, config.sample_every)
                 return interrupt.due(done) or any(done % interval == 0 for interval in intervals)
 
+            if start == 0:
+                log.log(0, **look(looks, token_nats, judged(state)))
             training = steps(
                 step,
                 state,
@@ -237,9 +239,9 @@ def run(config: Config, folder: Path) -> None:
                     log.log(**metrics, mfu=share, peak_memory_bytes=memory_in_use()["peak_bytes"])  # type: ignore[arg-type]
                 val_loss = None  # on new text, of these very weights, or not known
                 if done % config.validate_every == 0 or done == config.steps:
-                    losses = {name: loss_on(batches, token_nats, judged(state)) for name, batches in looks.items()}
-                    val_loss = losses["new"]
-                    log.log(done, val_loss=val_loss, **({"old_val_loss": losses["old"]} if "old" in losses else {}))
+                    losses = look(looks, token_nats, judged(state))
+                    val_loss = losses["val_loss"]
+                    log.log(done, **losses)
                 if done % config.sample_every == 0 and done < config.steps:
                     sample = one_sample(judged(state), tokenizer, prompt, seq=seq, seed=config.seed)
                     log.message(f"step {done}, continuing a held-out file: {sample!r}")
@@ -262,7 +264,7 @@ def run(config: Config, folder: Path) -> None:
     results |= {"tokens_per_s": float(np.median(speeds)), "mfu": mfu(float(np.median(speeds)), flops, peak.flops_per_s)}
     if "old" in texts:
         results["forgotten"] = after["old"]["bits_per_byte"] - before["old"]["bits_per_byte"]
-    plot_forgetting(folder / "metrics.jsonl", folder / "forgetting.png", {name: nats_a_token(found) for name, found in before.items()})
+    plot_forgetting(folder / "metrics.jsonl", folder / "forgetting.png")
     export(judged(state), tokenizer, folder / "export", manifest=manifest, results=after["new"] | results)
     write_json(folder / "results.json", results)
     show(results, folder)
@@ -310,15 +312,13 @@ def with_replay(texts: Mapping[str, Source], tokenizer: Tokenizer, share: float)
     return Mixture(tuple(names), tuple(caches), tuple(weights))
 
 
-def loss_on(batches: Any, token_nats: Any, model: Any) -> float:
-    """Nats a token."""
-    nats, tokens = nats_by_document(token_nats, model, batches)
-    return sum(nats.values()) / sum(tokens.values())
-
-
-def nats_a_token(measured: dict[str, Any]) -> float:
-    """From bits a byte."""
-    return measured["bits_per_byte"] * np.log(2) * measured["held_out_bytes"] / measured["held_out_tokens"]
+def look(looks: Mapping[str, Any], token_nats: Any, model: Any) -> dict[str, float]:
+    """Nats a token on some held-out rows: `val_loss` of the new text, `old_val_loss` of the old one."""
+    found = {}
+    for name, batches in looks.items():
+        nats, tokens = nats_by_document(token_nats, model, batches)
+        found["val_loss" if name == "new" else "old_val_loss"] = sum(nats.values()) / sum(tokens.values())
+    return found
 
 
 def show(results: dict[str, Any], folder: Path) -> None:

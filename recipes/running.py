@@ -117,8 +117,8 @@ def restore(
     found = checkpoints.restore(jax.eval_shape(lambda state: state.items(), abstract))
     if found.record["identity"] != identity:
         raise ValueError(
-            f"this run was trained on corpus and tokenizer {found.record['identity']}; now they are {identity}. "
-            "The text has changed since (another Python? edited files?): bring it back, or start a new run"
+            f"this run was trained on {found.record['identity']}; now they are {identity}. "
+            "One of them has changed since (another Python? edited files?): bring it back, or start a new run"
         )
     if found.step > total_steps:
         raise ValueError(f"the run has done {found.step} steps already; --steps {total_steps} would be fewer")

@@ -1,7 +1,7 @@
 """Pictures that explain: what a row looks like to its own tokens, how far updates move the weights, what a model learns and forgets."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -67,22 +67,17 @@ def plot_update_ratios(metrics_path: str | os.PathLike[str], png_path: str | os.
     return Path(png_path)
 
 
-def plot_forgetting(metrics_path: str | os.PathLike[str], png_path: str | os.PathLike[str], before: Mapping[str, float]) -> Path:
-    """Draw held-out loss on new and old text over a continued run, with dashed lines where the model began.
-
-    **Arguments:**
-
-    - `metrics_path`: a `metrics.jsonl` with `val_loss` (new text) and perhaps `old_val_loss`.
-    - `before`: nats a token by text ("new", "old"), before the first step.
-    """
+def plot_forgetting(metrics_path: str | os.PathLike[str], png_path: str | os.PathLike[str]) -> Path:
+    """Draw held-out loss on new and old text over a continued run (`val_loss` and `old_val_loss` in a `metrics.jsonl`), with dashed lines
+    where the model began, at step 0."""
     lines = read_metrics(metrics_path)
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
     for text, name, colour in (("new", "val_loss", "tab:blue"), ("old", "old_val_loss", "tab:red")):
         points = [(line["step"], line[name]) for line in lines if name in line]
         if points:
-            axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, label=f"{text} text, now {points[-1][1]:.3f}")
-        if text in before:
-            axes.axhline(before[text], color=colour, linestyle="--", linewidth=1.0, label=f"{text} text, before: {before[text]:.3f}")
+            words = f"{text} text: {points[0][1]:.3f} before, {points[-1][1]:.3f} now"
+            axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, label=words)
+            axes.axhline(points[0][1], color=colour, linestyle="--", linewidth=1.0)
     axes.set(xlabel="step", ylabel="held-out loss (nats per token)", title="learned and forgotten")
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)

@@ -54,6 +54,7 @@ def card(manifest: Mapping[str, Any], results: Mapping[str, Any], bos_id: int | 
     """The model card, in the Hub's format: front matter, then words."""
     corpus, model, device = manifest["corpus"], manifest["model"], manifest["sessions"][-1]["device"]
     text = f"the standard library of {corpus['python']}" if "python" in corpus else f"{corpus['kind']} source"
+    kv_heads = model.get("n_kv_heads", model["n_heads"])
     continued = manifest.get("continued_from")
     origin = "trained from scratch" if continued is None else f"continued from {continued['source']}"
     lines = [
@@ -83,7 +84,7 @@ def card(manifest: Mapping[str, Any], results: Mapping[str, Any], bos_id: int | 
         "```",
         "",
         *([] if bos_id is None else [f"A document begins with token {bos_id}, which the tokenizer does not add by itself.", ""]),
-        f"Layers {model['n_layers']}, width {model['d_model']}, heads {model['n_heads']} ({model['n_kv_heads']} for keys), "
+        f"Layers {model['n_layers']}, width {model['d_model']}, heads {model['n_heads']} ({kv_heads} for keys), "
         f"MLP {model['d_ff']}, vocabulary {model['vocab']:,}, context {model['context']:,}; seed {manifest['seed']}; "
         f"corpus sha256 `{corpus['sha256']}`.",
         "",
