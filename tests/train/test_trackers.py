@@ -54,7 +54,7 @@ def two_sessions(name, folder, **environment):
     return words
 
 
-def assert_close_to(values, expected):
+def assert_same(values, expected):
     assert len(values) == len(expected)
     for value, other in zip(values, expected, strict=True):
         assert value == other or (math.isnan(value) and math.isnan(other))
@@ -147,7 +147,7 @@ def test_tensorboard_reads_each_step_of_a_resumed_run_once(tmp_path):
     found = events(tmp_path / "tensorboard")
     assert found.Tags()["scalars"] == ["loss"]
     assert [event.step for event in found.Scalars("loss")] == list(range(1, 8))
-    assert_close_to(
+    assert_same(
         [event.value for event in found.Scalars("loss")], [1 + 1 / 16, math.nan, 3 + 3 / 16, math.inf, 3 + 5 / 16, 3 + 6 / 16, 3 + 7 / 16]
     )
     assert b"wsd" in found.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
@@ -193,7 +193,7 @@ def test_wandb_goes_on_in_one_run_offline_and_prints_nothing(tmp_path):
                 values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
                 history.append((values["_step"], values["loss"], values["val_loss"]))
     assert [step for step, _, _ in history] == list(range(1, 8))
-    assert_close_to([loss for _, loss, _ in history], [1 + 1 / 16, math.nan, 1 + 3 / 16, math.inf, 1 + 5 / 16, 3 + 6 / 16, 3 + 7 / 16])
+    assert_same([loss for _, loss, _ in history], [1 + 1 / 16, math.nan, 1 + 3 / 16, math.inf, 1 + 5 / 16, 3 + 6 / 16, 3 + 7 / 16])
     assert {val_loss for _, _, val_loss in history} == {0.5}
 
 
@@ -215,7 +215,7 @@ def test_trackio_goes_on_in_one_run_and_prints_nothing(tmp_path):
     assert runs == [[kept["id"], "tuesday"]]
     losses = [(line["step"], line["loss"]) for line in logs if "loss" in line]
     assert [step for step, _ in losses] == list(range(1, 8))
-    assert_close_to([loss for _, loss in losses], [1 + 1 / 16, math.nan, 1 + 3 / 16, math.inf, 1 + 5 / 16, 3 + 6 / 16, 3 + 7 / 16])
+    assert_same([loss for _, loss in losses], [1 + 1 / 16, math.nan, 1 + 3 / 16, math.inf, 1 + 5 / 16, 3 + 6 / 16, 3 + 7 / 16])
     assert [line["step"] for line in logs if "val_loss" in line] == list(range(1, 8))
 
 
@@ -257,10 +257,9 @@ def test_wandb_without_an_account_says_how_to_do_without(tmp_path):
     pytest.importorskip("wandb")
     without = {"WANDB_MODE": "online", "WANDB_API_KEY": "", "NETRC": tmp_path / "none", "WANDB_CONFIG_DIR": tmp_path, "HOME": tmp_path}
     out, _ = run_python(OPEN_AND_CLOSE.format(folder=str(tmp_path), named=NAMED), **without)
-    assert (
-        out
-        == "wandb: No API key configured. Use `wandb login` to log in. Or keep the run on this machine, without an account: WANDB_MODE=offline\n"
-    )
+    assert out.startswith("wandb: ")
+    assert "`wandb login`" in out
+    assert out.endswith("Or keep the run on this machine, without an account: WANDB_MODE=offline\n")
 
 
 def test_wandb_switched_off_says_that_nothing_is_kept(tmp_path):
