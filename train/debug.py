@@ -179,7 +179,7 @@ class Search:
         if name == "while":
             return self._while(params, operands, line)
         if name == "scan" and params["length"] > 0:
-            return self._scan(params, operands, line)
+            return self._scan(eqn, operands, line)
         with eqn.ctx.manager:
             results = eqn.primitive.bind(*(operand.value for operand in operands), **eqn.primitive.get_bind_params(params))
         results = results if eqn.primitive.multiple_results else [results]
@@ -194,13 +194,17 @@ class Search:
             carry = self._run(params["body_jaxpr"], [*body, *carry], line)
         return carry
 
-    def _scan(self, params: dict[str, Any], operands: list[Known], line: str) -> list[Known]:
-        n, m, length = params["num_consts"], params["num_carry"], params["length"]
+    def _scan(self, eqn: Any, operands: list[Known], line: str) -> list[Known]:
+        body, length, reverse = eqn.params["jaxpr"], eqn.params["length"], eqn.params["reverse"]
+        inner = getattr(body, "jaxpr", body)
+        # Constants and carry have inside the axes they have outside, rows one less. (How jax counts them has changed from 0.10 to 0.12.)
+        m = sum(var.aval.ndim == within.aval.ndim for var, within in zip(eqn.outvars, inner.outvars, strict=True))
+        n = sum(var.aval.ndim == within.aval.ndim for var, within in zip(eqn.invars, inner.invars, strict=True)) - m
         constants, carry, rows = operands[:n], operands[n : n + m], operands[n + m :]
         outputs: dict[int, list[Known]] = {}
-        for i in range(length)[::-1] if params["reverse"] else range(length):
+        for i in range(length)[::-1] if reverse else range(length):
             given = [*constants, *carry, *(_part(row, i) for row in rows)]
-            results = [_in_round(each, i, length, given) for each in self._run(params["jaxpr"], given, line)]
+            results = [_in_round(each, i, length, given) for each in self._run(body, given, line)]
             carry, outputs[i] = results[:m], results[m:]
         stacked = zip(*(outputs[i] for i in range(length)), strict=True)
         return carry + [Known(jnp.stack([each.value for each in every]), _first_origin(every)) for every in stacked]
