@@ -23,7 +23,8 @@ def profiled(training: Iterable[tuple[int, Any, Any]], folder: Path, *, first: i
     which tells nothing of the others.
 
     The device is waited for before and after, so that the trace holds these steps whole and no part of others. What the caller does
-    between them (validating, saving) is in it too. The trace also ends, and is told of, where the caller leaves or an error passes.
+    between them (validating, saving) is in it too. The trace also ends, and is told of, where an error passes or the caller leaves and closes
+    the generator (`with contextlib.closing(...)`).
 
     **Arguments:**
 
@@ -57,8 +58,11 @@ def profiled(training: Iterable[tuple[int, Any, Any]], folder: Path, *, first: i
 def _end(folder: Path, state: Any, traced: int, count: int) -> None:
     """Stop, and say what came of it."""
     # After an error the state may have been donated to a step that failed; there is nothing to wait for then.
-    jax.block_until_ready([leaf for leaf in jax.tree.leaves(state) if not (isinstance(leaf, jax.Array) and leaf.is_deleted())])
-    jax.profiler.stop_trace()
+    alive = [leaf for leaf in jax.tree.leaves(state) if not (isinstance(leaf, jax.Array) and leaf.is_deleted())]
+    try:
+        jax.block_until_ready(alive)
+    finally:  # a device that failed says so here
+        jax.profiler.stop_trace()
     if traced < count:
         logger.warning(f"{traced} of {count} steps were traced: the run ended before the others")
     path = latest_trace(folder)
