@@ -23,8 +23,8 @@ def profiled(training: Iterable[tuple[int, Any, Any]], folder: Path, *, first: i
     which tells nothing of the others.
 
     The device is waited for before and after, so that the trace holds these steps whole and no part of others. What the caller does
-    between them (validating, saving) is in it too. The trace also ends, and is told of, where an error passes or the caller leaves and closes
-    the generator (`with contextlib.closing(...)`).
+    between them (validating, saving) is in it too. The trace also ends, and is told of, where an error passes or the caller leaves and
+    closes the generator (`with contextlib.closing(...)`).
 
     **Arguments:**
 
