@@ -47,6 +47,7 @@ from recipes.corpus import describe_mixture, describe_source, encode, encode_tra
 from recipes.loading import load
 from recipes.report import heads, measure, one_sample
 from recipes.running import (
+    ENDS_IN_WORDS,
     RunConfig,
     begin_session,
     check_folder,
@@ -55,15 +56,18 @@ from recipes.running import (
     save_config,
     session_facts,
     steps_that_fit,
+    trackers_of,
+    watched,
 )
 from train.averages import AverageConfig, average_rate
-from train.checkpoint import CheckpointError, Checkpoints, digest
+from train.checkpoint import Checkpoints, digest
+from train.debug import debug_nans
 from train.logs import RunLog, mfu, model_flops_per_token, plain_messages, read_metrics, words_kept, write_json
-from train.loop import SpikeError, interruptible, nats_by_document, steps
+from train.loop import interruptible, nats_by_document, steps
 from train.optimizers import OptimizerConfig, ScheduleConfig, build_optimizer, learning_rate
 from train.pictures import plot_forgetting
 from train.publish import export
-from train.runtime import DeviceError, choose_device, compilation_cache, memory_in_use, peak_flops
+from train.runtime import choose_device, compilation_cache, memory_in_use, peak_flops
 from train.step import StepConfig, TrainState, init_state, make_step, make_token_nats
 
 # ------------------------------------------------------------------------------------------- config
@@ -156,7 +160,8 @@ def run(config: Config, folder: Path) -> None:
         return init_state(own, optimizer, frozen=config.optimizer.frozen, average=config.average.name != "none")
 
     abstract_state = jax.eval_shape(fresh_state)
-    step = make_step(optimizer, config.step, flight, ops, dropout_key)
+    step = make_step(optimizer, config.step, flight, ops, dropout_key, donate=not config.debug_nans)
+    step = debug_nans(step) if config.debug_nans else step
     token_nats = make_token_nats(flight, ops, config.step.loss_chunk)
     if not config.resume:
         save_config(config, folder)  # from here on there is a run to resume
@@ -210,7 +215,8 @@ def run(config: Config, folder: Path) -> None:
         write_json(folder / "manifest.json", manifest)
         begin = time.monotonic() - record["train_s"]
         with (
-            RunLog(folder, total_steps=config.steps, start_step=start + 1 if start else 0) as log,
+            trackers_of(config, folder, "continue_pretrain", start) as trackers,
+            RunLog(folder, total_steps=config.steps, start_step=start + 1 if start else 0, trackers=trackers) as log,
             train_batches(train_tokens, **packing, start_step=start, stop_step=config.steps) as batches,
             interruptible() as interrupt,
         ):
@@ -233,27 +239,28 @@ def run(config: Config, folder: Path) -> None:
                 stop_at_spike=config.step.on_spike == "stop",
                 describe=lambda index: describe_rows(rows, index * config.batch, (index + 1) * config.batch),
             )
-            for done, state, arrived in training:
-                for metrics in arrived:
-                    share = mfu(metrics["tokens_per_s"], flops, peak.flops_per_s)
-                    log.log(**metrics, mfu=share, peak_memory_bytes=memory_in_use()["peak_bytes"])  # type: ignore[arg-type]
-                val_loss = None  # on new text, of these very weights, or not known
-                if done % config.validate_every == 0 or done == config.steps:
-                    losses = look(looks, token_nats, judged(state))
-                    val_loss = losses["val_loss"]
-                    log.log(done, **losses)
-                if done % config.sample_every == 0 and done < config.steps:
-                    sample = one_sample(judged(state), tokenizer, prompt, seq=seq, seed=config.seed)
-                    log.message(f"step {done}, continuing a held-out file: {sample!r}")
-                if done % config.save_every == 0 or done == config.steps or interrupt.due(done):
-                    record = {"identity": identity, "val_loss": val_loss, "train_s": time.monotonic() - begin}
-                    record |= {"model_type": shape.model_type, "model": shape.model_dump(), "use_average": config.average.use}
-                    checkpoints.save(done, state.items(), record, metric=val_loss)
-                if interrupt.due(done):
-                    checkpoints.wait()
-                    resume = how_to_resume(folder, "continue_pretrain")
-                    log.message(f"stopped at step {done} of {config.steps}, everything saved. Go on with:\n  {resume}")
-                    raise SystemExit(interrupt.exit_status)
+            with watched(training, config, folder) as training:
+                for done, state, arrived in training:
+                    for metrics in arrived:
+                        share = mfu(metrics["tokens_per_s"], flops, peak.flops_per_s)
+                        log.log(**metrics, mfu=share, peak_memory_bytes=memory_in_use()["peak_bytes"])  # type: ignore[arg-type]
+                    val_loss = None  # on new text, of these very weights, or not known
+                    if done % config.validate_every == 0 or done == config.steps:
+                        losses = look(looks, token_nats, judged(state))
+                        val_loss = losses["val_loss"]
+                        log.log(done, **losses)
+                    if done % config.sample_every == 0 and done < config.steps:
+                        sample = one_sample(judged(state), tokenizer, prompt, seq=seq, seed=config.seed)
+                        log.message(f"step {done}, continuing a held-out file: {sample!r}")
+                    if done % config.save_every == 0 or done == config.steps or interrupt.due(done):
+                        record = {"identity": identity, "val_loss": val_loss, "train_s": time.monotonic() - begin}
+                        record |= {"model_type": shape.model_type, "model": shape.model_dump(), "use_average": config.average.use}
+                        checkpoints.save(done, state.items(), record, metric=val_loss)
+                    if interrupt.due(done):
+                        checkpoints.wait()
+                        resume = how_to_resume(folder, "continue_pretrain")
+                        log.message(f"stopped at step {done} of {config.steps}, everything saved. Go on with:\n  {resume}")
+                        raise SystemExit(interrupt.exit_status)
 
     # After.
     logger.info("measuring the model as it has become")
@@ -342,5 +349,5 @@ if __name__ == "__main__":
     chosen = parse(Config, __doc__ or "", recipe="continue_pretrain")
     try:
         main(chosen)
-    except (ValueError, OSError, CheckpointError, DeviceError, SpikeError) as error:
+    except ENDS_IN_WORDS as error:
         fail(str(error))

@@ -38,6 +38,7 @@ from recipes.command_line import claimed, fail, how_to_resume, parse, resumable
 from recipes.corpus import describe_mixture, describe_source, encode, encode_training
 from recipes.report import bits_of, draw_curves, heads, judge_samples, measure, nats_of, one_sample, show, xz_yardsticks
 from recipes.running import (
+    ENDS_IN_WORDS,
     RunConfig,
     begin_session,
     check_folder,
@@ -46,15 +47,18 @@ from recipes.running import (
     save_config,
     session_facts,
     steps_that_fit,
+    trackers_of,
+    watched,
 )
 from train.averages import AverageConfig, average_rate
-from train.checkpoint import CheckpointError, Checkpoints
+from train.checkpoint import Checkpoints
+from train.debug import debug_nans
 from train.logs import RunLog, mfu, model_flops_per_token, plain_messages, read_metrics, words_kept, write_json
-from train.loop import SpikeError, interruptible, nats_by_document, steps
+from train.loop import interruptible, nats_by_document, steps
 from train.optimizers import OptimizerConfig, ScheduleConfig, build_optimizer, learning_rate
 from train.pictures import plot_update_ratios
 from train.publish import export
-from train.runtime import DeviceError, choose_device, compilation_cache, memory_in_use, peak_flops
+from train.runtime import choose_device, compilation_cache, memory_in_use, peak_flops
 from train.step import StepConfig, TrainState, init_state, make_step, make_token_nats
 
 # ------------------------------------------------------------------------------------------- config
@@ -170,7 +174,8 @@ def run(config: Config, folder: Path) -> None:
     abstract = jax.eval_shape(fresh_state)
     n_params = sum(leaf.size for leaf in jax.tree.leaves(abstract.model))
     n_trained = sum(leaf.size for leaf in jax.tree.leaves(abstract.trainable))
-    step = make_step(optimizer, config.step, flight, ops, dropout_key)
+    step = make_step(optimizer, config.step, flight, ops, dropout_key, donate=not config.debug_nans)
+    step = debug_nans(step) if config.debug_nans else step
     token_nats = make_token_nats(flight, ops, config.step.loss_chunk)
     frozen = f" ({n_params - n_trained:,} of them frozen)" if n_trained < n_params else ""
     logger.info(f"model: {n_params:,} parameters{frozen}, {config.n_layers} layers, d_model {config.d_model}, context {config.seq}")
@@ -217,7 +222,8 @@ def run(config: Config, folder: Path) -> None:
         write_json(folder / "manifest.json", manifest)
         begin = time.monotonic() - record["train_s"]
         with (
-            RunLog(folder, total_steps=config.steps, start_step=start + 1) as log,
+            trackers_of(config, folder, "pretrain_small", start) as trackers,
+            RunLog(folder, total_steps=config.steps, start_step=start + 1, trackers=trackers) as log,
             train_batches(train_tokens, **packing, start_step=start, stop_step=config.steps) as batches,
             interruptible() as interrupt,
         ):
@@ -238,29 +244,34 @@ def run(config: Config, folder: Path) -> None:
                 stop_at_spike=config.step.on_spike == "stop",
                 describe=lambda index: describe_rows(rows, index * config.batch, (index + 1) * config.batch),
             )
-            for done, state, arrived in training:
-                for metrics in arrived:
-                    epoch = metrics["step"] * config.batch / rows.rows_per_epoch
-                    share = mfu(metrics["tokens_per_s"], flops, peak.flops_per_s)
-                    memory = memory_in_use()["peak_bytes"]
-                    log.log(**metrics, mfu=share, epoch=epoch, peak_memory_bytes=memory)  # type: ignore[arg-type]
-                val_loss = None  # of these very weights, or not known
-                if done % config.validate_every == 0 or done == config.steps:
-                    nats, tokens = nats_by_document(token_nats, judged(state), validation)
-                    val_loss = sum(nats.values()) / sum(tokens.values())
-                    log.log(done, val_loss=val_loss)
-                if done % config.sample_every == 0 and done < config.steps:
-                    sample = one_sample(judged(state), tokenizer, prompts[0], seq=config.seq, seed=config.seed)
-                    log.message(f"step {done}, continuing a held-out file: {sample!r}")
-                if done % config.save_every == 0 or done == config.steps or interrupt.due(done):
-                    record = {"identity": identity, "val_loss": val_loss, "train_s": time.monotonic() - begin}
-                    record |= {"model_type": model_config.model_type, "model": model_config.model_dump(), "use_average": config.average.use}
-                    checkpoints.save(done, state.items(), record, metric=val_loss)
-                if interrupt.due(done):
-                    checkpoints.wait()
-                    resume = how_to_resume(folder, "pretrain_small")
-                    log.message(f"stopped at step {done} of {config.steps}, everything saved. Go on with:\n  {resume}")
-                    raise SystemExit(interrupt.exit_status)
+            with watched(training, config, folder) as training:
+                for done, state, arrived in training:
+                    for metrics in arrived:
+                        epoch = metrics["step"] * config.batch / rows.rows_per_epoch
+                        share = mfu(metrics["tokens_per_s"], flops, peak.flops_per_s)
+                        memory = memory_in_use()["peak_bytes"]
+                        log.log(**metrics, mfu=share, epoch=epoch, peak_memory_bytes=memory)  # type: ignore[arg-type]
+                    val_loss = None  # of these very weights, or not known
+                    if done % config.validate_every == 0 or done == config.steps:
+                        nats, tokens = nats_by_document(token_nats, judged(state), validation)
+                        val_loss = sum(nats.values()) / sum(tokens.values())
+                        log.log(done, val_loss=val_loss)
+                    if done % config.sample_every == 0 and done < config.steps:
+                        sample = one_sample(judged(state), tokenizer, prompts[0], seq=config.seq, seed=config.seed)
+                        log.message(f"step {done}, continuing a held-out file: {sample!r}")
+                    if done % config.save_every == 0 or done == config.steps or interrupt.due(done):
+                        record = {"identity": identity, "val_loss": val_loss, "train_s": time.monotonic() - begin}
+                        record |= {
+                            "model_type": model_config.model_type,
+                            "model": model_config.model_dump(),
+                            "use_average": config.average.use,
+                        }
+                        checkpoints.save(done, state.items(), record, metric=val_loss)
+                    if interrupt.due(done):
+                        checkpoints.wait()
+                        resume = how_to_resume(folder, "pretrain_small")
+                        log.message(f"stopped at step {done} of {config.steps}, everything saved. Go on with:\n  {resume}")
+                        raise SystemExit(interrupt.exit_status)
 
     # What came of it.
     logger.info("measuring on all held-out text")
@@ -302,5 +313,5 @@ if __name__ == "__main__":
     chosen = parse(Config, __doc__ or "", recipe="pretrain_small", presets=PRESETS, default_preset="4m")
     try:
         main(chosen)
-    except (ValueError, OSError, CheckpointError, DeviceError, SpikeError) as error:
+    except ENDS_IN_WORDS as error:
         fail(str(error))

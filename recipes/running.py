@@ -7,6 +7,8 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,10 +23,17 @@ from data.rows import MixedRows, Rows
 from lm.flight import Flight
 from recipes.command_line import CONFIG_FILE, RecipeConfig, load_config, resumable
 from train.backends import choose_backend, choose_dtype
-from train.checkpoint import Checkpoints
+from train.checkpoint import CheckpointError, Checkpoints
+from train.debug import NonFinite
 from train.logs import write_json
-from train.runtime import Peak, device_facts, process_settings
+from train.loop import SpikeError
+from train.profile import profiled
+from train.runtime import DeviceError, Peak, device_facts, process_settings
 from train.step import TrainState
+from train.trackers import Trackers, open_trackers
+
+# What ends a run with words instead of a traceback.
+ENDS_IN_WORDS = (ValueError, OSError, CheckpointError, DeviceError, SpikeError, NonFinite)
 
 
 class RunConfig(RecipeConfig):
@@ -45,6 +54,13 @@ class RunConfig(RecipeConfig):
     validate_rows: int = resumable(64, ge=1, description="rows of held-out text in such a look")
     sample_every: int = resumable(200, ge=1, description="steps between samples on the screen")
     keep_latest: int = resumable(2, ge=1, description="checkpoints kept, beside the best one")
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = resumable(
+        (), description="where the numbers are shown, beside metrics.jsonl"
+    )
+    profile: int | None = resumable(
+        None, ge=1, description="steps to trace, a few after the start: a Perfetto file and a table of operations"
+    )
+    debug_nans: bool = resumable(False, description="stop at the first NaN or infinity and find the operation that made it; slower")
 
     @field_validator("backend")
     @classmethod
@@ -85,6 +101,19 @@ def steps_that_fit(step: Any, state: TrainState, first_batch: Batch, rows: Rows,
         f"{seconds:.2f} s a step: {fit:,} steps fit into {minutes:g} minutes, {most:,} make {max_epochs:g} epochs; taking {taken:,}"
     )
     return taken
+
+
+def watched(training: Iterator[Any], config: RunConfig, folder: Path) -> AbstractContextManager[Iterator[Any]]:
+    """The loop, traced for `--profile` steps once the first three are done. Use it in a `with`, so that a trace always ends."""
+    if config.profile is None:
+        return nullcontext(training)
+    return closing(profiled(training, folder / "profile", first=3, count=config.profile))
+
+
+def trackers_of(config: RunConfig, folder: Path, recipe: str, start: int) -> Trackers:
+    """Those asked for, at the step after `start`."""
+    settings = config.model_dump(mode="json", exclude={"resume", "run_dir"})
+    return open_trackers(config.trackers, folder, project=f"zmaj-{recipe}", run_name=folder.name, config=settings, start_step=start + 1)
 
 
 # ------------------------------------------------------------------------------------------- the run folder

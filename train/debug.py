@@ -46,8 +46,8 @@ def debug_nans(step: Step) -> Step:
     """
     all_finite = jax.jit(_all_finite)
 
-    def watched(state: TrainState, batch: Batch, learning_rate: float) -> tuple[TrainState, Metrics]:
-        after, metrics = step(state, batch, learning_rate)
+    def watched(state: TrainState, batch: Batch, learning_rate: float, average_rate: float = 0.0) -> tuple[TrainState, Metrics]:
+        after, metrics = step(state, batch, learning_rate, average_rate)
         if bool(all_finite((metrics["loss"], metrics["grad_norm"], after.trainable, after.optimizer))):
             return after, metrics
         loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])

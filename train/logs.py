@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from train.trackers import Trackers
+
 if TYPE_CHECKING:
     from loguru import Message, Record
 
@@ -32,7 +34,15 @@ _loguru_default = 0  # the number of the handler loguru starts with, which write
 class RunLog:
     """The log of one run, in its folder. Use it in a `with`."""
 
-    def __init__(self, folder: str | os.PathLike[str], *, total_steps: int, start_step: int = 0, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        total_steps: int,
+        start_step: int = 0,
+        quiet: bool = False,
+        trackers: Trackers | None = None,
+    ) -> None:
         """**Arguments:**
 
         - `folder`: gets `metrics.jsonl` and `run.log`; both are continued when they are there.
@@ -40,7 +50,8 @@ class RunLog:
         - `start_step`: the first step that this process will log. Lines of `metrics.jsonl` from there on, left by a
           process that got further than its last checkpoint, are dropped, with a warning that counts them, so that the
           file reads as if the run had never stopped. After restoring step n, the next step logged is n + 1.
-        - `quiet`: no bar and no words on the console, but for warnings and errors."""
+        - `quiet`: no bar and no words on the console, but for warnings and errors.
+        - `trackers`: told every number that is logged."""
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.total_steps, self.start_step = total_steps, start_step
@@ -48,6 +59,7 @@ class RunLog:
         self._live = self._console.is_terminal and not quiet
         self._plain = not self._console.is_terminal and not quiet
         self._quiet = quiet
+        self._trackers = trackers or Trackers([])
         self._shown: dict[str, float] = {}  # the latest of what the bar names
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -103,6 +115,7 @@ class RunLog:
         line = {"step": int(step)} | {name: _json_value(value) for name, value in values.items()}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()  # a killed process loses at most the line it was writing
+        self._trackers.log(int(step), {name: value for name, value in values.items() if isinstance(value, int | float)})
         self._shown |= {
             name: v for name, v in values.items() if name in ("loss", "val_loss", "tokens_per_s") and isinstance(v, int | float)
         }

@@ -8,7 +8,7 @@ import gzip
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,9 @@ from loguru import logger
 SHOWN = 12  # rows of the table
 
 
-def profiled(training: Iterable[tuple[int, Any, Any]], folder: Path, *, first: int, count: int) -> Iterator[tuple[int, Any, Any]]:
+def profiled(
+    training: Iterable[tuple[int, Any, Any]], folder: Path, *, first: int, count: int
+) -> Generator[tuple[int, Any, Any], None, None]:
     """What `training` yields, unchanged, with `count` steps traced once `first` steps of this process are done: the first one compiles,
     which tells nothing of the others.
 

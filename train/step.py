@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 from pydantic import Field
 
 from data.pipeline import Batch
-from lm.base import AbstractLM, leaves_by_path, role
+from lm.base import AbstractLM, leaves_by_path, mark, role
 from lm.flight import Flight, put_on_flight
 from lm.kernels import Ops
 from lm.masks import Facts
@@ -192,6 +192,7 @@ def make_step(
     ) -> tuple[TrainState, Metrics]:
         state = replace(changing, frozen=frozen)
         sums, loss = gradient_of(state, batch, jr.fold_in(dropout_key, state.step))
+        sums = map_paths(lambda path, g: mark(g, f"gradient/{path}"), sums)  # `train.debug` finds them by these names
         count = jnp.maximum(loss.count, 1.0)
         norm = optax.tree.norm(sums) / count
         scale = jnp.minimum(1.0, config.clip_norm / (norm + 1e-6)) / count

@@ -98,10 +98,7 @@ def open_trackers(
     missing = [name for name in names if importlib.util.find_spec(_PACKAGES[name]) is None]
     if missing:
         packages = ", ".join(_PACKAGES[name] for name in missing)
-        raise ValueError(
-            f"tracking with {', '.join(missing)} needs {packages}, not installed here: run `uv sync --extra trackers`, "
-            "or `pip install 'zmaj-lm[trackers]'`"
-        )
+        raise ValueError(f"tracking with {', '.join(missing)} needs {packages}, which is not installed: run `uv sync --extra trackers`")
     folder.mkdir(parents=True, exist_ok=True)
     opened: list[Tracker] = []
     with ExitStack() as undo:
