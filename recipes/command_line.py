@@ -12,34 +12,23 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import tyro
 from loguru import logger
 from pydantic import BaseModel, Field, ValidationError
+
+from train.settings import Settings, flag, in_words
 
 CONFIG_FILE = "config.json"
 
 AnyConfig = TypeVar("AnyConfig", bound=BaseModel)
 
 
-class RecipeConfig(BaseModel, frozen=True, extra="forbid"):
-    """A config whose mistakes read as sentences, a line each, instead of pydantic's report."""
+class RecipeConfig(Settings, frozen=True, extra="forbid"):
+    """A recipe's config: each of its fields is a flag."""
 
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise ValueError(in_words(error)) from None
-
-
-def in_words(error: ValidationError) -> str:
-    """What pydantic found, a line each: the flag, what was expected, what came."""
-    lines = []
-    for each in error.errors(include_url=False):
-        message = each["msg"].removeprefix("Value error, ")
-        lines.append(f"--{_flag(each['loc'])}: {message} (got {each['input']!r})" if each["loc"] else message)
-    return "\n".join(lines)
+    flag_mark: ClassVar[str] = "--"
 
 
 def resumable(default: Any, **options: Any) -> Any:
@@ -151,7 +140,7 @@ def how_to_resume(folder: Path, recipe: str) -> str:
 def check_resumed(saved: BaseModel, wanted: BaseModel) -> None:
     """Refuse to go on with another experiment under the old one's name."""
     fixed = [
-        f"  --{_flag(path)}: the run has {old!r}, asked for is {new!r}"
+        f"  --{flag(path)}: the run has {old!r}, asked for is {new!r}"
         for path, old, new, may_differ in _differences(saved, wanted)
         if not may_differ
     ]
@@ -178,11 +167,7 @@ def _differences(
 
 def _resumable_flags(kind: type[BaseModel]) -> list[str]:
     return [
-        f"--{_flag((name,))}"
+        f"--{flag((name,))}"
         for name, field in kind.model_fields.items()
         if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("resumable")
     ]
-
-
-def _flag(path: Sequence[Any]) -> str:
-    return ".".join(str(part).replace("_", "-") for part in path)
