@@ -137,6 +137,17 @@ def save_folder(model: AbstractLM, names: Names, folder: Path, *, dtype: Any = N
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not whole JSON ({error}): was the download or copy cut short?") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}: expected a JSON object")
+    return content
+
+
 def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="np")
@@ -147,7 +158,9 @@ def _open(file: Path) -> Any:
 def _files_of(folder: Path) -> dict[str, Path]:
     """Which file holds which tensor."""
     if (folder / INDEX_FILE).is_file():
-        weight_map = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{folder / INDEX_FILE} has no weight_map: expected an object that names the file of each tensor")
         return {key: folder / name for key, name in weight_map.items()}
     if not (folder / WEIGHTS_FILE).is_file():
         raise FileNotFoundError(f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}")

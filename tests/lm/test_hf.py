@@ -66,6 +66,22 @@ def test_a_truncated_file_is_named(model, tmp_path):
         lm.load_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(("content", "words"), [("{", "is not whole JSON .*cut short"), ("[]", "holds a list: expected a JSON object")])
+def test_json_that_is_none_is_named(name, content, words, tmp_path):
+    lm.save_pretrained(tiny("llama"), tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name} {words}"):
+        lm.load_pretrained(tmp_path)
+
+
+def test_an_index_without_its_map_is_refused(tmp_path):
+    lm.save_pretrained(tiny("llama"), tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"index.json has no weight_map: expected"):
+        lm.load_pretrained(tmp_path)
+
+
 def test_shards_are_read_through_their_index(model, tmp_path):
     lm.save_pretrained(model, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
