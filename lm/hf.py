@@ -131,7 +131,10 @@ def save_folder(model: AbstractLM, names: Names, folder: Path, *, dtype: Any = N
         pieces = [np.asarray(leaf if dtype is None else leaf.astype(dtype)) for _, _, leaf in leaves]
         whole = np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
         tensors[key] = np.ascontiguousarray(whole.T) if leaves[0][1].transposed else whole
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    try:
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{folder / WEIGHTS_FILE} could not be written ({error}): is the disk full?") from error
     stored = str(next(iter(tensors.values())).dtype)
     config = config | {"dtype": stored} | dict(extra_config or {})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,5 @@
 import json
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,17 @@ def test_a_truncated_file_is_named(model, tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         lm.load_pretrained(tmp_path)
+
+
+def test_a_full_disk_is_said(model, tmp_path):
+    """A limit on file size stands in for a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"model.safetensors could not be written .*: is the disk full\?"):
+            lm.save_pretrained(model, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
