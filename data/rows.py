@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from data.cache import TokenCache
-from data.packing import PACKINGS, Packing, Plan, build_row, describe, require_positive
+from data.packing import PACKINGS, Packing, Plan, build_row, describe, require_positive, row_documents
 
 OnEnd = Literal["repeat", "stop"]
 
@@ -80,6 +80,12 @@ class PackedRows:
                 self._epochs = dict([*self._epochs.items(), (epoch, (plan, dealt))][-2:])
             return self._epochs[epoch]
 
+    def document_names(self, row: int) -> list[str]:
+        """The documents that a row is made of."""
+        epoch, within = divmod(int(row), self.rows_per_epoch)
+        plan, dealt = self.epoch(epoch)
+        return [self.cache.names[i] for i in np.unique(row_documents(plan, int(dealt[within]))) if i >= 0]
+
     @property
     def documents(self) -> int:
         return len(self.cache)
@@ -135,6 +141,11 @@ class MixedRows:
     def __getitem__(self, row: int) -> dict[str, np.ndarray]:
         part, within = self.locate(int(row))
         return self.parts[part][within]
+
+    def document_names(self, row: int) -> list[str]:
+        """The documents that a row is made of, behind the name of their part."""
+        part, within = self.locate(int(row))
+        return [f"{self.names[part]}/{name}" for name in self.parts[part].document_names(within)]
 
     def locate(self, row: int) -> tuple[int, int]:
         """The part that row `row` comes from, and its number there."""
@@ -196,6 +207,13 @@ class MixedRows:
 
 
 Rows = PackedRows | MixedRows
+
+
+def describe_rows(rows: Rows, first: int, stop: int, most: int = 8) -> str:
+    """Words on the rows `first` to `stop - 1`: the documents in them, `most` by name."""
+    names = list(dict.fromkeys(name for row in range(first, stop) for name in rows.document_names(row)))
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"rows {first} to {stop - 1}, from {', '.join(names[:most])}{more}"
 
 
 def training_rows(tokens: TokenCache | Mixture, *, seq: int, seed: int, packing: Packing = "concat") -> Rows:

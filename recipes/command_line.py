@@ -18,6 +18,7 @@ import tyro
 from loguru import logger
 from pydantic import BaseModel, Field, ValidationError
 
+from train.loop import SpikeError
 from train.settings import Settings, flag, in_words
 
 CONFIG_FILE = "config.json"
@@ -128,6 +129,9 @@ def claimed(folder: Path, recipe: str) -> Iterator[None]:
         begun = (folder / CONFIG_FILE).exists()
         logger.warning(f"stopped. Go on with:\n  {how_to_resume(folder, recipe)}" if begun else "stopped before anything was begun")
         raise SystemExit(status) from None
+    except SpikeError as error:
+        go_on = f"{how_to_resume(folder, recipe)} --step.on-spike skip"
+        raise SpikeError(f"{error}\nGo on from the last checkpoint, leaving such steps out:\n  {go_on}") from None
     finally:
         signal.signal(signal.SIGTERM, before)
         lock.close()
@@ -165,9 +169,11 @@ def _differences(
             yield (*prefix, name), old, new, may_differ
 
 
-def _resumable_flags(kind: type[BaseModel]) -> list[str]:
-    return [
-        f"--{flag((name,))}"
-        for name, field in kind.model_fields.items()
-        if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("resumable")
-    ]
+def _resumable_flags(kind: type[BaseModel], prefix: tuple[str, ...] = ()) -> list[str]:
+    found = []
+    for name, field in kind.model_fields.items():
+        if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("resumable"):
+            found.append(f"--{flag((*prefix, name))}")
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found += _resumable_flags(field.annotation, (*prefix, name))
+    return found

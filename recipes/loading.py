@@ -33,9 +33,11 @@ def load(folder: Path) -> tuple[AbstractLM, Tokenizer, str]:
     record = read_record(folder / "checkpoints")
     architecture = ARCHITECTURES[record["model_type"]]
     skeleton = abstract(architecture.model.init, architecture.config(**record["model"]))
+    item = "average" if record["use_average"] and "average" in record["digests"] else "model"
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        found = checkpoints.restore({"model": eqx.filter(skeleton, lambda leaf: hasattr(leaf, "shape"))})
-    return found.items["model"], Tokenizer.load(folder / "tokenizer"), f"{folder}, checkpoint of step {found.step}"
+        found = checkpoints.restore({item: eqx.filter(skeleton, lambda leaf: hasattr(leaf, "shape"))})
+    origin = f"{folder}, checkpoint of step {found.step}" + (", average of the weights" if item == "average" else "")
+    return found.items[item], Tokenizer.load(folder / "tokenizer"), origin
 
 
 def exported_step(run: Path) -> int | None:

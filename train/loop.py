@@ -17,6 +17,10 @@ from data.pipeline import Batch
 from train.step import Metrics, Step, TrainState
 
 
+class SpikeError(RuntimeError):
+    """The run was told to stop where loss or gradient norm jumps, and one did."""
+
+
 def steps(
     step: Step,
     state: TrainState,
@@ -25,7 +29,10 @@ def steps(
     *,
     start: int,
     stop: int,
+    average_rate: Callable[[int], float] = lambda index: 0.0,
     pause: Callable[[int], bool] = lambda done: False,
+    stop_at_spike: bool = False,
+    describe: Callable[[int], str] = lambda index: f"batch {index}",
 ) -> Iterator[tuple[int, TrainState, list[dict[str, float]]]]:
     """Train from step `start` to `stop`, yielding `(done, state, metrics)` after each one.
 
@@ -35,40 +42,72 @@ def steps(
     of the log, and what the caller does there is not counted as the time of a step.
 
     Each metrics dictionary holds `step` (counted from 1: the updates done), `loss`, `grad_norm`, `learning_rate`, `tokens`, `step_s`,
-    `tokens_per_s`, `wait_s` (seconds the step waited for its batch) and `skipped`.
+    `tokens_per_s`, `wait_s` (seconds the step waited for its batch), `skipped` and `spikes` so far, and where they were measured `sigmas`
+    and `update_ratio/ROLE` (see `train.step.make_step`).
+
+    **Arguments:**
+
+    - `learning_rate`, `average_rate`: of the step with this index (`train.optimizers`, `train.averages`).
+    - `stop_at_spike`: raise `SpikeError` after a step whose loss or gradient norm jumped.
+    - `describe`: words on the batch of a step, said where something is wrong with it.
     """
     iterator = iter(batches)
     pending: list[tuple[dict[str, float], Metrics]] = []
-    skipped: float = int(state.skipped)
+    counts: dict[str, float] = {"skipped": int(state.stats.skipped), "spikes": int(state.stats.spikes)}
     clock = time.perf_counter()
     for index in range(start, stop):
         asked = time.perf_counter()
         batch = jax.tree.map(jnp.asarray, next(iterator))
         known = {"step": index + 1, "learning_rate": learning_rate(index), "wait_s": time.perf_counter() - asked}
-        state, device_metrics = step(state, batch, known["learning_rate"])
+        state, device_metrics = step(state, batch, known["learning_rate"], average_rate(index))
         pending.append((known, device_metrics))
         synchronous = index + 1 == stop or pause(index + 1)
         kept = 0 if synchronous else 1
         ready, pending = pending[: len(pending) - kept], pending[len(pending) - kept :]
         arrived, clock = _fetch(ready, clock)
         for metrics in arrived:
-            if metrics["skipped"] > skipped:
-                skipped = metrics["skipped"]
-                logger.warning(f"step {metrics['step']}: loss or gradient is not finite; nothing was changed (step {skipped} of this kind)")
+            spiked = metrics["spikes"] > counts["spikes"]
+            _warn(metrics, counts, describe)
+            counts = {name: metrics[name] for name in counts}
+            if spiked and stop_at_spike:
+                raise SpikeError(f"stopped at step {metrics['step']}: {_spike(metrics)}; {describe(int(metrics['step']) - 1)}")
         yield index + 1, state, arrived
         if synchronous:
             clock = time.perf_counter()
 
 
+def _warn(metrics: dict[str, float], before: dict[str, float], describe: Callable[[int], str]) -> None:
+    """Say what was wrong with a step, and with which batch."""
+    step = int(metrics["step"])
+    if metrics["skipped"] > before["skipped"]:
+        number = f"step {metrics['skipped']} of this kind"
+        logger.warning(f"step {step}: loss or gradient is not finite; nothing was changed ({number}); {describe(step - 1)}")
+    if metrics["spikes"] > before["spikes"]:
+        logger.warning(f"step {step}: {_spike(metrics)} (jump {metrics['spikes']} of this run); {describe(step - 1)}")
+
+
+def _spike(metrics: dict[str, float]) -> str:
+    numbers = f"loss {metrics['loss']:.4f} or gradient norm {metrics['grad_norm']:.3g}"
+    return f"{numbers} is {metrics['sigmas']:.1f} standard deviations above those of the last steps"
+
+
 def _fetch(ready: list[tuple[dict[str, float], Metrics]], clock: float) -> tuple[list[dict[str, float]], float]:
     """Wait for the numbers of some steps. Their time is that since the last fetch, shared evenly: with steps back to back, that of a
     step."""
-    values = [known | {name: np.asarray(value).item() for name, value in metrics.items()} for known, metrics in ready]
+    values = [known | _flat(jax.device_get(metrics)) for known, metrics in ready]
     if not values:
         return [], clock
     now = time.perf_counter()
     step_s = (now - clock) / len(values)
     return [each | {"step_s": step_s, "tokens_per_s": each["tokens"] / step_s} for each in values], now
+
+
+def _flat(metrics: Metrics) -> dict[str, float]:
+    """One number a name, without those that were not measured at this step."""
+    ratios = {f"update_ratio/{role}": value for role, value in metrics.get("update_ratio", {}).items()}
+    numbers = {name: value for name, value in metrics.items() if name != "update_ratio"} | ratios
+    optional = {"sigmas", *ratios}
+    return {name: np.asarray(value).item() for name, value in numbers.items() if name not in optional or not np.isnan(value)}
 
 
 def nats_by_document(

@@ -1,11 +1,15 @@
-"""How gradients become updates: AdamW and Muon as optax transformations, and the learning-rate schedules.
+"""How gradients become updates: the optimizers as optax transformations, which leaves each rule touches, and the learning-rate schedules.
 
-The transformations here carry no learning rate. The step multiplies by one it is given, so a schedule is a plain function of the step
-number that can be plotted before the run, and a change of it compiles nothing again.
+The learning rate comes with each call of `update`, as an argument: a schedule is a plain function of the step number that can be plotted
+before the run, and a change of it compiles nothing again. All optimizers are brought to updates of about the size of AdamW's, so that one
+learning rate serves them all.
+
+A leaf is meant by its *role* (`attn.q_proj.weight`, `embed.weight`) or by its path (`blocks/0/mlp/up_proj/weight`), with `*` for anything.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -13,24 +17,59 @@ import jax.numpy as jnp
 import optax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
-from lm.base import role
+from lm.base import leaves_by_path, role
 
 # ------------------------------------------------------------------------------------------- optimizers
 
 
 class OptimizerConfig(BaseModel, frozen=True, extra="forbid"):
-    """The rule of the update. Learning rates are in `ScheduleConfig`."""
+    """The rule of the update, and which leaves it touches how. Learning rates over time are in `ScheduleConfig`."""
 
-    name: Literal["adamw", "muon"] = Field(
-        "muon", description="muon: matrices of the blocks by Muon, the rest by AdamW; adamw: all by AdamW"
+    name: Literal["muon", "adamw", "lion", "adafactor", "schedule_free"] = Field(
+        "muon",
+        description="muon: matrices of the blocks by Muon, the rest by AdamW; adafactor: almost no memory; "
+        "schedule_free: AdamW whose running average replaces the fall of the learning rate",
     )
-    beta1: float = Field(0.9, ge=0, lt=1, description="decay of AdamW's mean of gradients, per step")
-    beta2: float = Field(0.95, ge=0, lt=1, description="decay of AdamW's mean of squared gradients, per step")
+    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean of gradients, per step; schedule_free: pull towards the average")
+    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the mean of squared gradients, per step; Lion: of the mean (paper: 0.99)")
     eps: float = Field(1e-8, gt=0, description="added to AdamW's root mean square")
     momentum: float = Field(0.95, ge=0, lt=1, description="Muon's Nesterov momentum, per step")
     weight_decay: float = Field(0.1, ge=0, description="pull of matrices in the blocks towards 0, times the learning rate, per step")
+    learning_rate_of: dict[str, float] = Field({}, description="factors on the learning rate by role: embed.weight 0.3 'mlp.*' 2")
+    weight_decay_of: dict[str, float] = Field({}, description="weight decay by role, in place of the general one: embed.weight 0.01")
+    frozen: tuple[str, ...] = Field((), description="roles or paths that are not trained: embed.weight 'blocks/0/*'")
+
+    @model_validator(mode="after")
+    def _numbers_make_sense(self) -> "OptimizerConfig":
+        for name in ("learning_rate_of", "weight_decay_of"):
+            if bad := {pattern: number for pattern, number in getattr(self, name).items() if not 0 <= number < math.inf}:
+                raise ValueError(f"{name} must be 0 or more for each role, got {bad}")
+        return self
+
+
+def build_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    """Gradients in, updates out, to be added to the parameters: `update(gradients, state, params, learning_rate=rate)`.
+
+    adamw: Loshchilov and Hutter 2019 (arXiv:1711.05101). muon: see `scale_by_muon`. lion: Chen et al. 2023 (arXiv:2302.06675), its signs
+    times 0.2. adafactor: Shazeer and Stern 2018 (arXiv:1804.04235): second moments of matrices kept as a row and a column, updates clipped
+    to root mean square 1, then times 0.2; no first moment, no relative step size. schedule_free: see there.
+    """
+    decay = add_decay(config.weight_decay, config.weight_decay_of)
+    if config.name == "schedule_free":
+        return schedule_free(config, decay)
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
+    direction = {
+        "adamw": adam,
+        "muon": optax.chain(optax.masked(scale_by_muon(config.momentum), matrices), optax.masked(adam, _others)),
+        "lion": optax.chain(optax.scale_by_lion(config.beta1, config.beta2), optax.scale(0.2)),
+        "adafactor": optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale(0.2)),
+    }[config.name]
+    return optax.chain(direction, decay, times_learning_rate(config.learning_rate_of))
+
+
+# ------------------------------------------------------------------------------------------- which leaf
 
 
 def is_matrix(path: str, leaf: Any) -> bool:
@@ -40,21 +79,117 @@ def is_matrix(path: str, leaf: Any) -> bool:
 
 def matrices(tree: Any) -> Any:
     """The same tree with True at each matrix of the blocks."""
-
-    def at(path: Any, leaf: Any) -> bool:
-        return is_matrix(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-
-    return jax.tree_util.tree_map_with_path(at, tree)
+    return map_paths(is_matrix, tree)
 
 
-def build_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Gradients in, the direction to move *against* out: `params -= learning_rate * direction`."""
-    decay = optax.add_decayed_weights(config.weight_decay, mask=matrices)
-    adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
-    if config.name == "adamw":
-        return optax.chain(adam, decay)
-    others = optax.masked(adam, lambda tree: jax.tree.map(lambda is_one: not is_one, matrices(tree)))
-    return optax.chain(optax.masked(scale_by_muon(config.momentum), matrices), others, decay)
+def _others(tree: Any) -> Any:
+    return map_paths(lambda path, leaf: not is_matrix(path, leaf), tree)
+
+
+def map_paths(function: Callable[[str, Any], Any], tree: Any) -> Any:
+    """`function(path, leaf)` at each leaf, the path as `leaves_by_path` writes it."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: function(jax.tree_util.keystr(path, simple=True, separator="/"), leaf), tree)
+
+
+def is_meant(path: str, pattern: str) -> bool:
+    """Whether a pattern means this leaf, by its role or by its path."""
+    return fnmatchcase(role(path), pattern) or fnmatchcase(path, pattern)
+
+
+def check_patterns(patterns: Collection[str], tree: Any, what: str) -> None:
+    """A `ValueError` that lists the roles there are, if a pattern means no leaf."""
+    paths = list(leaves_by_path(tree))
+    if idle := [pattern for pattern in patterns if not any(is_meant(path, pattern) for path in paths)]:
+        raise ValueError(f"{what}: nothing here is called {', '.join(idle)}; the roles are {', '.join(sorted(set(map(role, paths))))}")
+
+
+def _number_of(path: str, numbers: Mapping[str, float], otherwise: float) -> float:
+    """The number of the last pattern that means this leaf."""
+    return next((number for pattern, number in reversed([*numbers.items()]) if is_meant(path, pattern)), otherwise)
+
+
+# ------------------------------------------------------------------------------------------- decay and learning rate
+
+
+def add_decay(weight_decay: float, by_role: Mapping[str, float]) -> optax.GradientTransformation:
+    """Decoupled weight decay (arXiv:1711.05101): `decay * parameter` is added to the direction."""
+
+    def init(params: Any) -> optax.EmptyState:
+        check_patterns(by_role, params, "weight_decay_of")
+        return optax.EmptyState()
+
+    def update(directions: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        def decayed(path: str, direction: Array, parameter: Array) -> Array:
+            decay = _number_of(path, by_role, weight_decay if is_matrix(path, parameter) else 0.0)
+            return direction + decay * parameter if decay else direction
+
+        paths = map_paths(lambda path, _: path, params)
+        return jax.tree.map(decayed, paths, directions, params), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def times_learning_rate(by_role: Mapping[str, float]) -> optax.GradientTransformationExtraArgs:
+    """Directions to updates: times minus the learning rate, and the role's factor on it."""
+
+    def init(params: Any) -> optax.EmptyState:
+        check_patterns(by_role, params, "learning_rate_of")
+        return optax.EmptyState()
+
+    def update(directions: Any, state: Any, params: Any = None, *, learning_rate: Any, **_: Any) -> tuple[Any, Any]:
+        return map_paths(lambda path, d: -(learning_rate * _number_of(path, by_role, 1.0) * d), directions), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+# ------------------------------------------------------------------------------------------- schedule-free AdamW
+
+
+class ScheduleFreeState(NamedTuple):
+    z: Any  # the sequence that moves, like the parameters
+    inner: Any  # second moments
+    weight: Array  # Σ γ² so far
+    beta: Array  # of the interpolation
+
+
+def schedule_free(config: OptimizerConfig, decay: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """AdamW without a schedule (Defazio et al. 2024, arXiv:2405.15682, algorithm 1).
+
+    The parameters trained are y = (1 - β) z + β x: z takes AdamW's steps without a first moment, x is the average of all z weighted by γ²,
+    the squared learning rate. x is what is evaluated and exported (`averaged_by_optimizer`); it is not stored but found from y and z, so
+    the memory is AdamW's.
+    """
+    beta = config.beta1
+    if beta == 0:
+        raise ValueError("schedule_free needs beta1 above 0: the average could not be found from the weights")
+    second_moment = optax.scale_by_rms(config.beta2, config.eps, eps_in_sqrt=False, bias_correction=True)
+    direction = optax.chain(second_moment, decay, times_learning_rate(config.learning_rate_of))
+
+    def init(params: Any) -> ScheduleFreeState:
+        # Copies: the state and the parameters are both given away to each step.
+        return ScheduleFreeState(jax.tree.map(jnp.array, params), direction.init(params), jnp.zeros(()), jnp.asarray(beta))
+
+    def update(gradients: Any, state: ScheduleFreeState, params: Any = None, *, learning_rate: Any, **_: Any) -> tuple[Any, Any]:
+        moves, inner = direction.update(gradients, state.inner, params, learning_rate=learning_rate)
+        weight = state.weight + learning_rate**2
+        share = jnp.where(weight > 0, learning_rate**2 / jnp.where(weight > 0, weight, 1.0), 0.0)
+        z = jax.tree.map(jnp.add, state.z, moves)
+        x = jax.tree.map(lambda y, old, new: (1 - share) * (y - (1 - beta) * old) / beta + share * new, params, state.z, z)
+        updates = jax.tree.map(lambda x, z, y: (1 - beta) * z + beta * x - y, x, z, params)
+        return updates, ScheduleFreeState(z, inner, weight, state.beta)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def averaged_by_optimizer(optimizer_state: Any, trainable: Any) -> Any | None:
+    """The weights that a schedule-free optimizer means to be evaluated; `None` where the optimizer keeps no average."""
+    if not isinstance(optimizer_state, ScheduleFreeState):
+        return None
+    beta = optimizer_state.beta
+    return jax.tree.map(lambda y, z: (y - (1 - beta) * z) / beta, trainable, optimizer_state.z)
+
+
+# ------------------------------------------------------------------------------------------- muon
 
 
 class MuonState(NamedTuple):

@@ -1,7 +1,8 @@
 """One optimizer step: micro-batches, gradient, clipping, update, and what is said about it."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 import equinox as eqx
 import jax
@@ -12,11 +13,14 @@ from jaxtyping import Array, Float, Int, Key
 from pydantic import BaseModel, Field
 
 from data.pipeline import Batch
-from lm.base import AbstractLM
+from lm.base import AbstractLM, leaves_by_path, role
 from lm.flight import Flight, put_on_flight
 from lm.kernels import Ops
 from lm.masks import Facts
 from train.losses import Loss, next_token, token_log_probs
+from train.optimizers import averaged_by_optimizer, check_patterns, is_meant, map_paths
+
+SPIKE_WINDOW = 128  # steps that a jump is judged by, as in OLMo-core's SkipStepOptimizer
 
 
 class StepConfig(BaseModel, frozen=True, extra="forbid"):
@@ -26,6 +30,52 @@ class StepConfig(BaseModel, frozen=True, extra="forbid"):
     clip_norm: float = Field(1.0, gt=0, description="gradients longer than this (global L2 norm) are scaled down to it")
     z_loss: float = Field(0.0, ge=0, description="weight of log² Z in the loss; 1e-4 in PaLM")
     loss_chunk: int = Field(1024, ge=1, description="tokens unembedded at a time; more is more memory")
+    on_spike: Literal["warn", "skip", "stop"] = Field(
+        "warn",
+        description="where loss or gradient norm jumps: say so, say so and leave the weights as they are, or stop the run",
+        json_schema_extra={"resumable": True},
+    )
+    spike_sigmas: float = Field(
+        6.0, gt=0, description=f"a jump: this many standard deviations above the mean of the last {SPIKE_WINDOW} steps"
+    )
+    ratios_every: int = Field(10, ge=0, description="steps between measures of how large updates are beside their weights; 0: never")
+
+
+class Stats(eqx.Module):
+    """What a run remembers of its steps to judge the next one."""
+
+    skipped: Int[Array, ""]  # steps that changed nothing because loss or gradient was not finite
+    spikes: Int[Array, ""]  # steps whose loss or gradient norm jumped
+    seen: Int[Array, ""]  # finite steps
+    losses: Float[Array, " window"]  # of the last finite steps, in a ring
+    grad_norms: Float[Array, " window"]
+
+    @staticmethod
+    def empty() -> "Stats":
+        # A zero each: a buffer can be donated only once.
+        return Stats(*(jnp.zeros((), jnp.int32) for _ in range(3)), *(jnp.zeros(SPIKE_WINDOW) for _ in range(2)))
+
+    def sigmas(self, loss: Array, grad_norm: Array) -> Float[Array, ""]:
+        """How many standard deviations the loss or the gradient norm, whichever is more, lies above the mean of those remembered; NaN until
+        there are enough. A deviation of a thousandth of the mean is the least that is believed."""
+
+        def above(value: Array, past: Array) -> Array:
+            mean = jnp.mean(past)
+            return (value - mean) / jnp.maximum(jnp.std(past), 1e-3 * jnp.abs(mean) + 1e-12)
+
+        worse = jnp.maximum(above(loss, self.losses), above(grad_norm, self.grad_norms))
+        return jnp.where(self.seen >= SPIKE_WINDOW, worse, jnp.nan)
+
+    def after(self, loss: Array, grad_norm: Array, finite: Array, spike: Array) -> "Stats":
+        """With one more step. A jump is remembered like any step, so that a change that lasts stops being one."""
+        place = self.seen % SPIKE_WINDOW
+
+        def kept(ring: Array, value: Array) -> Array:
+            return ring.at[place].set(jnp.where(finite, value, ring[place]))
+
+        one = finite.astype(jnp.int32)
+        counts = self.skipped + 1 - one, self.spikes + spike.astype(jnp.int32), self.seen + one
+        return Stats(*counts, kept(self.losses, loss), kept(self.grad_norms, grad_norm))
 
 
 class TrainState(eqx.Module):
@@ -33,31 +83,74 @@ class TrainState(eqx.Module):
 
     trainable: Any  # the model's floating arrays, fp32
     frozen: Any  # what is not trained; all None in full training
+    average: Any  # of the trained arrays over the steps (`train.averages`); None where none is kept
     optimizer: Any
     step: Int[Array, ""]  # steps done
-    skipped: Int[Array, ""]  # of these, how many changed nothing because loss or gradient was not finite
+    stats: Stats
 
     @property
     def model(self) -> Any:
+        """The model at the weights as trained."""
         return eqx.combine(self.trainable, self.frozen)
 
+    @property
+    def averaged(self) -> Any:
+        """The model at the average of its weights: that of the step, or a schedule-free optimizer's own; `None` where there is neither."""
+        average = self.average if self.average is not None else averaged_by_optimizer(self.optimizer, self.trainable)
+        return None if average is None else eqx.combine(average, self.frozen)
 
-Metrics = dict[str, Array]
-Step = Callable[[TrainState, Batch, float], tuple[TrainState, Metrics]]
+    def items(self) -> dict[str, Any]:
+        """What a checkpoint holds of this state. `model` and `average` are whole, frozen arrays included: each loads alone."""
+        items = {"model": self.model, "optimizer": {"state": self.optimizer, "stats": self.stats}}
+        return items if self.averaged is None else items | {"average": self.averaged}
+
+    def with_items(self, items: Mapping[str, Any], step: int) -> "TrainState":
+        """The state (this one may be abstract) with what a checkpoint held."""
+        trained = jax.tree.map(lambda leaf: leaf is not None, self.trainable, is_leaf=lambda leaf: leaf is None)
+        trainable, frozen = eqx.partition(items["model"], trained)
+        average = None if self.average is None else eqx.filter(items["average"], trained)
+        optimizer = items["optimizer"]
+        return TrainState(trainable, frozen, average, optimizer["state"], jnp.asarray(step, jnp.int32), optimizer["stats"])
 
 
-def init_state(model: AbstractLM, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step: every floating array is trained."""
-    trainable, frozen = eqx.partition(model, eqx.is_inexact_array)
-    # Two zeros, not one twice: a buffer can be donated only once.
-    return TrainState(trainable, frozen, optimizer.init(trainable), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+Metrics = dict[str, Any]
+Step = Callable[..., tuple[TrainState, Metrics]]
 
 
-def make_step(optimizer: optax.GradientTransformation, config: StepConfig, flight: Flight, ops: Ops, dropout_key: Key[Array, ""]) -> Step:
-    """`step(state, batch, learning_rate) -> (state, metrics)`, compiled at its first call. The state passed in is donated: use the one
-    returned.
+def init_state(
+    model: AbstractLM, optimizer: optax.GradientTransformationExtraArgs, *, frozen: Sequence[str] = (), average: bool = False
+) -> TrainState:
+    """The state before the first step.
 
-    Metrics: `loss` (nats a token), `grad_norm` (before clipping), `tokens` (supervised), `skipped` (so far).
+    **Arguments:**
+
+    - `frozen`: roles or paths of what is not trained (`train.optimizers`); every other floating array is.
+    - `average`: keep an average of the weights.
+    """
+    check_patterns(frozen, model, "frozen")
+    trained = map_paths(lambda path, leaf: eqx.is_inexact_array(leaf) and not any(is_meant(path, pattern) for pattern in frozen), model)
+    trainable, rest = eqx.partition(model, trained)
+    if not jax.tree.leaves(trainable):
+        raise ValueError(f"frozen ({', '.join(frozen)}) leaves nothing to train")
+    mean = jax.tree.map(jnp.array, trainable) if average else None
+    return TrainState(trainable, rest, mean, optimizer.init(trainable), jnp.zeros((), jnp.int32), Stats.empty())
+
+
+def make_step(
+    optimizer: optax.GradientTransformationExtraArgs,
+    config: StepConfig,
+    flight: Flight,
+    ops: Ops,
+    dropout_key: Key[Array, ""],
+    *,
+    donate: bool = True,
+) -> Step:
+    """`step(state, batch, learning_rate, average_rate=0.0) -> (state, metrics)`, compiled at its first call. The state passed in is donated
+    (unless `donate` is false): use the one returned.
+
+    Metrics: `loss` (nats a token), `grad_norm` (before clipping), `tokens` (supervised), `skipped` and `spikes` (so far), `sigmas` (how
+    far this step is from the last ones, see `Stats.sigmas`), and `update_ratio`: for each role the length of the update over that of its
+    weights, NaN at steps where it is not measured.
     """
 
     def loss_of(trainable: Any, frozen: Any, batch: Batch, key: Array) -> tuple[Array, Loss]:
@@ -93,34 +186,70 @@ def make_step(optimizer: optax.GradientTransformation, config: StepConfig, fligh
         start = (jax.tree.map(jnp.zeros_like, state.trainable), Loss(zero, zero, zero))
         return jax.lax.scan(of_micro_batch, start, (jnp.arange(k), micro_batches))[0]
 
-    def step(changing: TrainState, frozen: Any, batch: Batch, learning_rate: Float[Array, ""]) -> tuple[TrainState, Metrics]:
-        state = TrainState(changing.trainable, frozen, changing.optimizer, changing.step, changing.skipped)
+    def step(
+        changing: TrainState, frozen: Any, batch: Batch, learning_rate: Float[Array, ""], average_rate: Float[Array, ""]
+    ) -> tuple[TrainState, Metrics]:
+        state = replace(changing, frozen=frozen)
         sums, loss = gradient_of(state, batch, jr.fold_in(dropout_key, state.step))
         count = jnp.maximum(loss.count, 1.0)
         norm = optax.tree.norm(sums) / count
         scale = jnp.minimum(1.0, config.clip_norm / (norm + 1e-6)) / count
         gradients = jax.tree.map(lambda g: g * scale, sums)
 
-        directions, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable)
-        trainable = jax.tree.map(lambda p, d: p - (learning_rate * d).astype(p.dtype), state.trainable, directions)
+        mean_loss = loss.cross_entropy / count
+        sigmas = state.stats.sigmas(mean_loss, norm)
         finite = jnp.isfinite(loss.total) & jnp.isfinite(norm)
-        trainable, optimizer_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (trainable, optimizer_state), (state.trainable, state.optimizer)
+        spike = finite & (sigmas > config.spike_sigmas)
+        taken = finite if config.on_spike == "warn" else finite & ~spike
+
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.trainable, learning_rate=learning_rate)
+        trainable = optax.apply_updates(state.trainable, updates)
+        average = jax.tree.map(
+            lambda mean, now: mean + average_rate * (now - mean), state.average, None if state.average is None else trainable
         )
-        skipped = state.skipped + jnp.where(finite, 0, 1).astype(jnp.int32)
-        metrics = {"loss": loss.cross_entropy / count, "grad_norm": norm, "tokens": loss.count, "skipped": skipped}
-        return TrainState(trainable, None, optimizer_state, state.step + 1, skipped), metrics
+        trainable, optimizer_state, average = jax.tree.map(
+            lambda new, old: jnp.where(taken, new, old),
+            (trainable, optimizer_state, average),
+            (state.trainable, state.optimizer, state.average),
+        )
+        stats = state.stats.after(mean_loss, norm, finite, spike)
+        metrics = {"loss": mean_loss, "grad_norm": norm, "tokens": loss.count, "skipped": stats.skipped, "spikes": stats.spikes}
+        metrics |= {"sigmas": sigmas}
+        if config.ratios_every:
+            due = (state.step + 1) % config.ratios_every == 0
+            metrics["update_ratio"] = jax.lax.cond(due, update_ratios, no_ratios, updates, state.trainable)
+        return TrainState(trainable, None, average, optimizer_state, state.step + 1, stats), metrics
 
-    compiled = jax.jit(step, donate_argnums=0)  # what is frozen is not donated: it is needed again
+    # What is frozen is not donated: it is needed again.
+    compiled = jax.jit(step, donate_argnums=0 if donate else ())
 
-    def checked(state: TrainState, batch: Batch, learning_rate: float) -> tuple[TrainState, Metrics]:
+    def checked(state: TrainState, batch: Batch, learning_rate: float, average_rate: float = 0.0) -> tuple[TrainState, Metrics]:
         if batch.tokens.shape[0] % config.micro_batches:
             raise ValueError(f"batch ({batch.tokens.shape[0]} rows) must be a multiple of micro_batches ({config.micro_batches})")
-        changing = TrainState(state.trainable, None, state.optimizer, state.step, state.skipped)
-        done, metrics = compiled(changing, state.frozen, batch, jnp.asarray(learning_rate, jnp.float32))
-        return TrainState(done.trainable, state.frozen, done.optimizer, done.step, done.skipped), metrics
+        rates = jnp.asarray(learning_rate, jnp.float32), jnp.asarray(average_rate, jnp.float32)
+        done, metrics = compiled(replace(state, frozen=None), state.frozen, batch, *rates)
+        return replace(done, frozen=state.frozen), metrics
 
     return checked
+
+
+def update_ratios(updates: Any, weights: Any) -> dict[str, Array]:
+    """For each role, over all layers: the length of the update over that of the weights. Around 1e-3 is healthy; far less learns nothing,
+    far more is about to break."""
+
+    def lengths(tree: Any) -> dict[str, Array]:
+        squares: dict[str, Array] = {}
+        for path, leaf in leaves_by_path(tree).items():
+            squares[role(path)] = squares.get(role(path), jnp.zeros(())) + jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+        return {name: jnp.sqrt(total) for name, total in squares.items()}
+
+    of_weights = lengths(weights)
+    return {name: length / of_weights[name] for name, length in lengths(updates).items()}
+
+
+def no_ratios(updates: Any, weights: Any) -> dict[str, Array]:
+    """The same roles, not measured."""
+    return {role(path): jnp.full((), jnp.nan) for path in leaves_by_path(updates)}
 
 
 def make_token_nats(flight: Flight, ops: Ops, chunk: int = 1024) -> Callable[[AbstractLM, Batch], Float[Array, "batch seq"]]:

@@ -4,11 +4,21 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import optax
 import pytest
 from tiny import tiny
 
 from lm.base import leaves_by_path
-from train.optimizers import OptimizerConfig, ScheduleConfig, build_optimizer, is_matrix, learning_rate, orthogonalise, scale_by_muon
+from train.optimizers import (
+    OptimizerConfig,
+    ScheduleConfig,
+    averaged_by_optimizer,
+    build_optimizer,
+    is_matrix,
+    learning_rate,
+    orthogonalise,
+    scale_by_muon,
+)
 
 MODEL = {"name": "qwen3", "attention_bias": True, "tied": False, "n_layers": 2}
 
@@ -19,15 +29,15 @@ def random_like(tree, seed):
 
 
 def directions(config, params, gradients):
-    """The directions of several steps at the same parameters, as one program."""
+    """The directions of several steps at the same parameters, as one program: updates are against them."""
     optimizer = build_optimizer(config)
 
     @jax.jit
     def run(params, gradients):
         state, out = optimizer.init(params), []
         for gradient in gradients:
-            direction, state = optimizer.update(gradient, state, params)
-            out.append(direction)
+            updates, state = optimizer.update(gradient, state, params, learning_rate=1.0)
+            out.append(jax.tree.map(jnp.negative, updates))
         return out, state
 
     return run(params, gradients)
@@ -59,8 +69,8 @@ def test_adamw_is_the_paper_s_written_out():
             lambda p, m, v, d, step=step, rate=rate: p - rate * (m / (1 - 0.8**step) / (np.sqrt(v / (1 - 0.9**step)) + 1e-3) + d * p),
             params, mean, square, decay,
         )  # fmt: skip
-        direction, state = update(jax.tree.map(jnp.float32, gradient), state, ours)
-        ours = jax.tree.map(lambda p, d, rate=rate: p - rate * d, ours, direction)
+        updates, state = update(jax.tree.map(jnp.float32, gradient), state, ours, learning_rate=rate)
+        ours = optax.apply_updates(ours, updates)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6), ours, params)  # fp32 against float64
 
 
@@ -78,15 +88,18 @@ def test_matrices_are_the_linear_maps_inside_blocks():
     assert {"embed/weight", "unembed/weight", "norm/scale", "blocks/0/attn/q_proj/bias", "blocks/1/attn/k_norm/scale"} <= set(leaves)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "lion", "adafactor", "schedule_free"])
 def test_weight_decay_pulls_on_the_matrices_and_nothing_else(name):
     params = tiny(**MODEL)
     zero = jax.tree.map(jnp.zeros_like, params)
-    (direction,), _ = directions(OptimizerConfig(name=name, weight_decay=0.3), params, [zero])
+    settings = {"weight_decay": 0.3, "weight_decay_of": {"mlp.*": 0.2, "blocks/1/mlp/up_proj/weight": 0.0, "embed.weight": 0.1}}
+    (direction,), _ = directions(OptimizerConfig(name=name, **settings), params, [zero])
     before = leaves_by_path(params)
     for path, leaf in leaves_by_path(direction).items():
-        expected = 0.3 * before[path] if path in matrices_by_hand() else jnp.zeros_like(leaf)
-        np.testing.assert_allclose(leaf, expected, rtol=1e-6, err_msg=path)
+        decay = 0.2 if "/mlp/" in path else 0.1 if path == "embed/weight" else 0.3 if path in matrices_by_hand() else 0.0
+        decay = 0.0 if path == "blocks/1/mlp/up_proj/weight" else decay
+        # schedule_free: the update of the average's and the moving sequence's mixture, found as a difference of fp32 numbers
+        np.testing.assert_allclose(leaf, decay * before[path], rtol=1e-5, atol=1e-6, err_msg=path)
 
 
 def test_muon_moves_the_matrices_and_adamw_the_rest():
@@ -103,6 +116,112 @@ def test_muon_moves_the_matrices_and_adamw_the_rest():
     momenta = [path for path in leaves_by_path(state) if "momentum" in path]
     assert {path[path.index("blocks/") :] for path in momenta} == matrices_by_hand()
     assert len(leaves_by_path(state)) == 14 + 2 * (len(muon) - 14) + 1  # a momentum a matrix, AdamW's two moments for the rest, its count
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "lion", "adafactor"])
+def test_a_factor_on_the_learning_rate_is_its_roles_own(name):
+    params = tiny(**MODEL)
+    gradients = [random_like(params, seed) for seed in (1, 2)]
+    (_, plain), _ = directions(OptimizerConfig(name=name), params, gradients)
+    factors = {"embed.weight": 0.25, "blocks/0/*": 3.0, "attn.k_norm.scale": 0.0}  # of two that mean one leaf, the last counts
+    (_, scaled), _ = directions(OptimizerConfig(name=name, learning_rate_of=factors), params, gradients)
+    plain = leaves_by_path(plain)
+    for path, leaf in leaves_by_path(scaled).items():
+        factor = 0.25 if path == "embed/weight" else 0.0 if "k_norm" in path else 3.0 if path.startswith("blocks/0/") else 1.0
+        np.testing.assert_allclose(leaf, factor * plain[path], rtol=1e-5, atol=1e-7, err_msg=path)
+
+
+@pytest.mark.parametrize("field", ["learning_rate_of", "weight_decay_of"])
+def test_a_role_that_is_not_there_is_an_error_that_lists_them(field):
+    with pytest.raises(
+        ValueError, match=rf"{field}: nothing here is called attention\.\*; the roles are attn\.k_norm\.scale, .*embed\.weight"
+    ):
+        build_optimizer(OptimizerConfig(**{field: {"attention.*": 1.0, "embed.weight": 0.5}})).init(tiny(**MODEL))
+    with pytest.raises(ValueError, match=rf"{field} must be 0 or more for each role, got {{'norm': -1.0}}"):
+        OptimizerConfig(**{field: {"norm": -1.0, "embed.weight": 1}})
+
+
+# ------------------------------------------------------------------------------------------- lion, adafactor, schedule-free
+
+
+def course(config, start, gradients, rates):
+    """Parameters after each of several steps."""
+    optimizer, params, seen = build_optimizer(config), jax.tree.map(jnp.float32, start), []
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    for gradient, rate in zip(gradients, rates, strict=True):
+        updates, state = update(jax.tree.map(jnp.float32, gradient), state, params, learning_rate=rate)
+        params = optax.apply_updates(params, updates)
+        seen.append(params["w"])
+    return seen, state, params
+
+
+def some_gradients(shape, steps, seed=0):
+    rng = np.random.default_rng(seed)
+    return {"w": rng.normal(size=shape)}, [{"w": rng.normal(size=shape)} for _ in range(steps)]
+
+
+def test_lion_is_the_paper_s_written_out():
+    """Chen et al. 2023, algorithm 2, its sign times 0.2."""
+    start, gradients = some_gradients((5, 4), 6)
+    rates = [0.1 / step for step in range(1, 7)]
+    config = OptimizerConfig(name="lion", beta1=0.8, beta2=0.9, weight_decay_of={"w": 0.3})
+    seen, _, _ = course(config, start, gradients, rates)
+    w, mean = start["w"], 0.0
+    for gradient, rate, ours in zip(gradients, rates, seen, strict=True):
+        w = w - rate * (0.2 * np.sign(0.8 * mean + 0.2 * gradient["w"]) + 0.3 * w)
+        mean = 0.9 * mean + 0.1 * gradient["w"]
+        np.testing.assert_allclose(ours, w, rtol=2e-5, atol=2e-6)
+
+
+def test_adafactor_is_the_paper_s_written_out_and_keeps_a_row_and_a_column():
+    """Shazeer and Stern 2018, algorithm 4 without relative steps: decay 1 - t^-0.8, updates clipped to root mean square 1; times 0.2."""
+    shape = (130, 140)  # matrices below 128 are not factored
+    start, gradients = some_gradients(shape, 4)
+    rates = [0.1, 0.05, 0.02, 0.3]
+    seen, state, _ = course(OptimizerConfig(name="adafactor"), start, gradients, rates)
+    w, row, column = start["w"], np.zeros(shape[0]), np.zeros(shape[1])
+    for step, (gradient, rate, ours) in enumerate(zip(gradients, rates, seen, strict=True), start=1):
+        decay, square = 1 - step**-0.8, gradient["w"] ** 2 + 1e-30
+        row = decay * row + (1 - decay) * square.mean(1)
+        column = decay * column + (1 - decay) * square.mean(0)
+        update = gradient["w"] / np.sqrt(np.outer(row, column) / row.mean())
+        w = w - rate * 0.2 * update / max(1.0, np.sqrt(np.mean(update**2)))
+        np.testing.assert_allclose(ours, w, rtol=2e-5, atol=2e-6)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 2 * sum(shape)
+
+
+def test_schedule_free_is_the_paper_s_written_out_and_its_average_is_that_of_z():
+    """Defazio et al. 2024, algorithm 1, and x as what it means: Σ γ² z / Σ γ²."""
+    start, gradients = some_gradients((5, 4), 7)
+    rates = [0.02, 0.05, 0.1, 0.1, 0.1, 0.1, 0.1]
+    config = OptimizerConfig(name="schedule_free", beta1=0.7, beta2=0.9, eps=1e-3, weight_decay_of={"w": 0.3})
+    seen, state, params = course(config, start, gradients, rates)
+    x = y = z = start["w"]
+    square, zs = 0.0, []
+    for step, (gradient, rate, ours) in enumerate(zip(gradients, rates, seen, strict=True), start=1):
+        square = 0.9 * square + 0.1 * gradient["w"] ** 2
+        z = z - rate * (gradient["w"] / (np.sqrt(square / (1 - 0.9**step)) + 1e-3) + 0.3 * y)
+        zs.append(z)
+        x = np.average(zs, axis=0, weights=np.square(rates[:step]))
+        y = 0.3 * z + 0.7 * x
+        np.testing.assert_allclose(ours, y, rtol=5e-5, atol=5e-6)
+    np.testing.assert_allclose(averaged_by_optimizer(state, params)["w"], x, rtol=5e-5, atol=5e-6)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) <= 2 * 20 + 3  # AdamW's memory, and three numbers
+
+
+def test_schedule_free_at_rate_0_stays_where_it_is():
+    start, gradients = some_gradients((5, 4), 2)
+    seen, _, _ = course(OptimizerConfig(name="schedule_free", weight_decay=0.1), start, gradients, [0.0, 0.0])
+    np.testing.assert_allclose(seen[-1], start["w"], rtol=1e-5)
+
+
+def test_all_optimizers_move_about_as_far_at_one_learning_rate():
+    """Root mean square of an update of random gradients, in learning rates: 0.2 where it is made so, AdamW's own at β 0.9, 0.95."""
+    start, gradients = some_gradients((140, 130), 30)
+    for name in ("adamw", "muon", "lion", "adafactor"):
+        seen, _, _ = course(OptimizerConfig(name=name, weight_decay=0.0), start, gradients, [1.0] * 30)
+        rms = float(jnp.sqrt(jnp.mean((seen[-1] - seen[-2]) ** 2)))
+        assert 0.1 < rms < 0.4, (name, rms)
 
 
 # ------------------------------------------------------------------------------------------- muon

@@ -1,0 +1,146 @@
+"""What every training recipe needs around its experiment: the flags that say how it is carried out, the run folder, going on with a run.
+
+Nothing here changes what is trained; that is the recipe's own page.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from loguru import logger
+from pydantic import BaseModel, field_validator
+
+import lm
+from lm.flight import Flight
+from recipes.command_line import CONFIG_FILE, RecipeConfig, load_config, resumable
+from train.backends import choose_backend, choose_dtype
+from train.checkpoint import Checkpoints
+from train.logs import write_json
+from train.runtime import Peak, device_facts, process_settings
+from train.step import TrainState
+
+
+class RunConfig(RecipeConfig):
+    """How a run is carried out. All of it may differ when the run is resumed."""
+
+    run_dir: Path | None = resumable(None, description="folder of the run; None: runs/RECIPE-DATE-TIME")
+    resume: bool = resumable(False, description="go on where the run in --run-dir (or the latest one) stopped")
+    device: Literal["auto", "cpu", "gpu", "tpu"] = resumable("auto", description="where to compute")
+    backend: str = resumable("auto", description="kernels: auto (the rule of train.backends) or one of " + ", ".join(lm.BACKENDS))
+    dtype: Literal["auto", "float32", "bfloat16"] = resumable(
+        "auto",
+        description="operands of matrix products; masters stay float32. float32 on a GPU or TPU means its default: TF32, or bf16 passes",
+    )
+    layers: Literal["auto", "loop", "scan"] = resumable("auto", description="blocks one by one or as a scan; auto: scan above 12 layers")
+    remat: Literal["none", "dots", "full"] = resumable("none", description="what the backward pass recomputes to save memory")
+    save_every: int = resumable(200, ge=1, description="steps between checkpoints")
+    validate_every: int = resumable(100, ge=1, description="steps between looks at the held-out loss")
+    validate_rows: int = resumable(64, ge=1, description="rows of held-out text in such a look")
+    sample_every: int = resumable(200, ge=1, description="steps between samples on the screen")
+    keep_latest: int = resumable(2, ge=1, description="checkpoints kept, beside the best one")
+
+    @field_validator("backend")
+    @classmethod
+    def _is_known(cls, backend: str) -> str:
+        if backend not in ("auto", *lm.BACKENDS):
+            raise ValueError(f"must be auto or one of {', '.join(lm.BACKENDS)}")
+        return backend
+
+
+def choose_flight(config: RunConfig, device: jax.Device, *, n_layers: int, head_dim: int, seq: int) -> tuple[lm.Ops, Flight]:
+    """Kernels, dtype and layer loop for this device, unless the user named them. What is chosen is printed and recorded."""
+    facts = device_facts(device)
+    dtype = config.dtype if config.dtype != "auto" else choose_dtype(facts)
+    layers = config.layers if config.layers != "auto" else "scan" if n_layers > 12 else "loop"
+    backend = choose_backend(facts, dtype=dtype, head_dim=head_dim, seq=seq, asked=config.backend)
+    return lm.BACKENDS[backend], Flight(layers=layers, remat=config.remat, dtype=dtype)
+
+
+def seconds_a_step(step: Any, state: TrainState, batch: Any) -> float:
+    """Compile the step, then time it, on a state that is thrown away: the median of six, or of fewer where they take long."""
+    times: list[float] = []
+    while len(times) < 7 and (len(times) < 3 or sum(times[1:]) < 10):
+        begin = time.perf_counter()
+        state, metrics = step(state, batch, 0.0)
+        jax.block_until_ready((state, metrics))
+        times.append(time.perf_counter() - begin)
+    return float(np.median(times[1:]))  # the first one compiled
+
+
+# ------------------------------------------------------------------------------------------- the run folder
+
+
+def check_folder(config: RunConfig, folder: Path) -> None:
+    """A new run needs a folder of its own."""
+    logger.info(f"run folder: {folder}")
+    if config.resume:
+        return
+    if (folder / CONFIG_FILE).exists():
+        raise ValueError(f"{folder} already holds a run: add --resume to go on with it, or choose another --run-dir")
+    left_by_a_start_that_failed = {".lock", "run.log", "tokenizer"}
+    others = sorted({path.name for path in folder.iterdir()} - left_by_a_start_that_failed)
+    if others:
+        raise ValueError(f"{folder} is no run, and not empty (it has {', '.join(others[:3])} …): choose another --run-dir")
+
+
+def save_config(config: BaseModel, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / CONFIG_FILE, config.model_dump(mode="json", exclude={"resume", "run_dir"}))
+
+
+def restore(
+    checkpoints: Checkpoints, abstract: TrainState, identity: dict[str, str], total_steps: int
+) -> tuple[TrainState, int, dict[str, Any]] | None:
+    """The state of the last checkpoint, the steps done, and its record; `None` where there is none yet."""
+    if not checkpoints.steps():
+        return None
+    found = checkpoints.restore(jax.eval_shape(lambda state: state.items(), abstract))
+    if found.record["identity"] != identity:
+        raise ValueError(
+            f"this run was trained on corpus and tokenizer {found.record['identity']}; now they are {identity}. "
+            "The text has changed since (another Python? edited files?): bring it back, or start a new run"
+        )
+    if found.step > total_steps:
+        raise ValueError(f"the run has done {found.step} steps already; --steps {total_steps} would be fewer")
+    complete = found.step == total_steps
+    logger.info("training is complete: only the report is made again" if complete else f"going on after step {found.step}")
+    return abstract.with_items(found.items, found.step), found.step, found.record
+
+
+def session_facts(device: jax.Device, ops: lm.Ops, flight: Flight, peak: Peak) -> dict[str, Any]:
+    """What this process runs with, for the record."""
+    ran_with = {"kernels": ops.name, **flight.model_dump(), **process_settings()}
+    return {"ran_with": ran_with, "device": device_facts(device), "peak": {"flops_per_s": peak.flops_per_s, "source": peak.source}}
+
+
+def begin_session(recipe: str, folder: Path, config: Any, start: int, session: dict[str, Any]) -> list[dict[str, Any]]:
+    """The processes that worked on this run, this one added. What differs from the last one and changes the numbers is said."""
+    written = folder / "manifest.json"
+    earlier = json.loads(written.read_text(encoding="utf-8"))["sessions"] if config.resume and written.exists() else []
+    saved = load_config(type(config), folder)
+    if start and saved.steps != config.steps:
+        logger.warning(
+            f"the run now has {config.steps} steps instead of {saved.steps}: the learning rate follows the new schedule from here"
+        )
+    for name in ("ran_with", "device"):
+        if earlier and earlier[-1][name] != session[name]:
+            old, new = earlier[-1][name], session[name]
+            changed = [f"{key} {old.get(key)} → {new.get(key)}" for key in new if old.get(key) != new.get(key)]
+            logger.warning(f"not the same {name} as before, so not bit for bit the same run: {'; '.join(changed)}")
+    save_config(config, folder)
+    command = ["python", "-m", f"recipes.{recipe}", *sys.argv[1:]]
+    return [*earlier, {"start_step": start, "command": command, "commit": commit(), **session}]
+
+
+def commit() -> str | None:
+    """The commit of this checkout, with a mark if files have changed since; `None` outside git."""
+    try:
+        asked = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=Path(__file__).parent, capture_output=True)
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return asked.stdout.decode().strip() or None if asked.returncode == 0 else None
