@@ -133,6 +133,7 @@ def test_the_share_in_tokens_follows_the_weights_with_any_padding(caches, packin
     for g in range(n):
         counted["abc"[rows.locate(g)[0]]] += int(rows[g]["loss_weights"].sum())
     assert counted == {name: part["tokens"] for name, part in realised.items()}
+    assert rows.pairs_in(n) == sum(counted.values())
     assert [part["token_share"] for part in realised.values()] == pytest.approx([0.6, 0.3, 0.1], abs=0.01)
     assert sum(part["rows"] for part in realised.values()) == n
     assert realised["c"]["epochs"] > 1 > realised["c"]["weight"]  # a small part repeats, and that is said
