@@ -145,7 +145,7 @@ def test_jsonl_reads_text_and_names_by_line(tmp_path: Path, suffix: str) -> None
         (b'{"text": null}', r"line 2 of .* has `text` of type NoneType"),
         (b'["text"]', r"line 2 of .* has a list"),
         (b"9" * 5000, r"line 2 of .* is not JSON: Exceeds the limit .*one object a line with a `text` field"),
-        (b"[" * 100_000, r"line 2 of .* is not JSON: maximum recursion depth .*one object a line with a `text` field"),
+        (b"[" * 100_000, r"line 2 of .* is not JSON: .*one object a line with a `text` field"),
         (b"\0\0\0", r"line 2 of .* is not JSON"),
         (b"{'text': 1}", r"line 2 of .* is not JSON: .*one object a line with a `text` field"),
         (b'{"text": "\xff"}', r"line 2 of .* is not UTF-8: byte 0xff at offset 10"),
