@@ -1,7 +1,8 @@
 """From the command line to a checked config, and back from a saved one.
 
 Every field of a recipe's `Config` is a flag; `--help` shows its meaning, unit and default. Defaults < preset < flags. With `--resume` the
-saved config of the run takes the place of the defaults, and only fields marked `resumable` may differ from it.
+saved config of the run takes the place of the defaults, and only fields marked `resumable` may differ from it. With `--config FILE` a saved
+config takes that place in a new run, which then is the same run once more.
 """
 
 import argparse
@@ -12,24 +13,28 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 from loguru import logger
 from pydantic import BaseModel, Field, ValidationError
 
 from train.loop import SpikeError
-from train.settings import Settings, flag, in_words
+from train.settings import in_words
 
 CONFIG_FILE = "config.json"
 
 AnyConfig = TypeVar("AnyConfig", bound=BaseModel)
 
 
-class RecipeConfig(Settings, frozen=True, extra="forbid"):
-    """A recipe's config: each of its fields is a flag."""
+class RecipeConfig(BaseModel, frozen=True, extra="forbid"):
+    """A config whose mistakes read as sentences that name the flags."""
 
-    flag_mark: ClassVar[str] = "--"
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError(in_words(error, _as_flag)) from None
 
 
 def resumable(default: Any, **options: Any) -> Any:
@@ -39,18 +44,18 @@ def resumable(default: Any, **options: Any) -> Any:
 
 def parse(
     kind: type[AnyConfig],
-    presets: Mapping[str, Mapping[str, Any]],
     description: str,
     *,
-    default_preset: str,
     recipe: str,
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
+    default_preset: str = "",
     argv: Sequence[str] | None = None,
 ) -> AnyConfig:
     """The config the user asked for; on a mistake, words on stderr and exit status 2.
 
     **Arguments:**
 
-    - `kind`: the recipe's `Config`. It has the fields `preset`, `run_dir`, `resume`.
+    - `kind`: the recipe's `Config`. It has the fields `run_dir`, `resume`, and `preset` where there are presets.
     - `presets`: values of fields by preset name.
     - `recipe`: the name of its module; run folders made without `--run-dir` begin with it.
     """
@@ -59,22 +64,34 @@ def parse(
     first_look.add_argument("--preset")
     first_look.add_argument("--run-dir", "--run_dir")
     first_look.add_argument("--resume", action="store_true")
+    file_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
+    file_look.add_argument("--config", type=Path)
     try:
         seen, _ = first_look.parse_known_args(argv)
     except SystemExit:
         seen = argparse.Namespace(preset=None, run_dir=None, resume=False)  # `--preset` without a name: tyro says it better
+    named, argv = file_look.parse_known_args(argv)
+    description += "\n\n--config FILE takes the config.json of another run in place of the defaults; flags win over it."
+    options: dict[str, Any] = {"description": description, "prog": f"python -m recipes.{recipe}"}
     try:
         if not seen.resume or "--help" in argv or "-h" in argv:
-            preset = presets.get(seen.preset or default_preset, {})
-            default = kind(preset=seen.preset or default_preset, **preset) if seen.preset in {None, *presets} else kind()
-            return tyro.cli(kind, args=argv, default=default, description=description, prog=f"python -m recipes.{recipe}")
+            if named.config is not None:
+                if seen.preset:
+                    raise ValueError(f"--config {named.config} already says every setting: leave out --preset {seen.preset}")
+                options["default"] = read_config(kind, named.config)
+            elif presets:
+                preset = presets.get(seen.preset or default_preset, {})
+                options["default"] = kind(preset=seen.preset or default_preset, **preset) if seen.preset in {None, *presets} else kind()
+            return tyro.cli(kind, args=argv, **options)
+        if named.config is not None:
+            raise ValueError(f"--resume goes on with the run's own settings: leave out --config {named.config}")
         folder = Path(seen.run_dir) if seen.run_dir else latest_run(Path("runs"), recipe)
         saved = load_config(kind, folder).model_copy(update={"resume": True, "run_dir": folder})
-        wanted = tyro.cli(kind, args=argv, default=saved, description=description, prog=f"python -m recipes.{recipe}")
+        wanted = tyro.cli(kind, args=argv, default=saved, **options)
         check_resumed(saved, wanted)
         return wanted
     except ValidationError as error:
-        fail(in_words(error))
+        fail(in_words(error, _as_flag))
     except (ValueError, FileNotFoundError) as error:
         fail(str(error))
 
@@ -90,7 +107,17 @@ def load_config(kind: type[AnyConfig], folder: Path) -> AnyConfig:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: {folder} is no run that could be resumed. Leave out --resume to start one there")
-    return kind.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    return read_config(kind, path)
+
+
+def read_config(kind: type[AnyConfig], path: Path) -> AnyConfig:
+    """A saved config. What this recipe does not know is an error that names it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: expected a config.json that a run has written")
+    try:
+        return kind.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}): expected a config.json that a run has written") from None
 
 
 def latest_run(root: Path, recipe: str) -> Path:
@@ -144,7 +171,7 @@ def how_to_resume(folder: Path, recipe: str) -> str:
 def check_resumed(saved: BaseModel, wanted: BaseModel) -> None:
     """Refuse to go on with another experiment under the old one's name."""
     fixed = [
-        f"  --{flag(path)}: the run has {old!r}, asked for is {new!r}"
+        f"  --{_flag(path)}: the run has {old!r}, asked for is {new!r}"
         for path, old, new, may_differ in _differences(saved, wanted)
         if not may_differ
     ]
@@ -173,7 +200,15 @@ def _resumable_flags(kind: type[BaseModel], prefix: tuple[str, ...] = ()) -> lis
     found = []
     for name, field in kind.model_fields.items():
         if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("resumable"):
-            found.append(f"--{flag((*prefix, name))}")
+            found.append(f"--{_flag((*prefix, name))}")
         elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             found += _resumable_flags(field.annotation, (*prefix, name))
     return found
+
+
+def _as_flag(path: Sequence[Any]) -> str:
+    return f"--{_flag(path)}"
+
+
+def _flag(path: Sequence[Any]) -> str:
+    return ".".join(str(part).replace("_", "-") for part in path)

@@ -26,8 +26,12 @@ def describe_source(source: Source) -> None:
 
 
 LEFT_OUT = (
-    *("empty_documents", "blank_lines", "null_texts"),
-    *("invalid_documents_skipped", "invalid_documents_replaced", "characters_replaced"),
+    "empty_documents",
+    "blank_lines",
+    "invalid_documents_skipped",
+    "invalid_documents_replaced",
+    "characters_replaced",
+    "null_texts",
 )
 
 

@@ -30,7 +30,7 @@ from pydantic import Field, model_validator
 import lm
 from data.packing import Packing
 from data.pipeline import batch_at, evaluation_batches, train_batches
-from data.rows import MixedRows, OnEnd, describe_rows, training_rows
+from data.rows import OnEnd, describe_rows, training_rows
 from data.sources import Source, open_source
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from lm.models.qwen3 import Qwen3Config
@@ -44,14 +44,15 @@ from recipes.running import (
     choose_flight,
     restore,
     save_config,
-    seconds_a_step,
     session_facts,
+    steps_that_fit,
 )
 from train.averages import AverageConfig, average_rate
 from train.checkpoint import CheckpointError, Checkpoints
 from train.logs import RunLog, mfu, model_flops_per_token, plain_messages, read_metrics, words_kept, write_json
 from train.loop import SpikeError, interruptible, nats_by_document, steps
 from train.optimizers import OptimizerConfig, ScheduleConfig, build_optimizer, learning_rate
+from train.pictures import plot_update_ratios
 from train.publish import export
 from train.runtime import DeviceError, choose_device, compilation_cache, memory_in_use, peak_flops
 from train.step import StepConfig, TrainState, init_state, make_step, make_token_nats
@@ -179,15 +180,8 @@ def run(config: Config, folder: Path) -> None:
 
     # How long: measured once, then part of the config, so that a resumed run ends where this one would.
     if config.steps is None:
-        seconds = seconds_a_step(step, fresh_state(), first_batch)
-        fit, most = int(config.minutes * 60 / seconds), int(config.max_epochs * rows.rows_per_epoch / config.batch)
-        if isinstance(rows, MixedRows) and rows.on_end == "stop":
-            most = min(most, rows.rows_before_an_end() // config.batch)
-        config = config.model_copy(update={"steps": max(1, min(fit, most))})
-        logger.info(
-            f"{seconds:.2f} s a step: {fit:,} steps fit into {config.minutes:g} minutes, {most:,} make {config.max_epochs:g} epochs; "
-            f"taking {config.steps:,}"
-        )
+        fit = steps_that_fit(step, fresh_state(), first_batch, rows, config.batch, minutes=config.minutes, max_epochs=config.max_epochs)
+        config = config.model_copy(update={"steps": fit})
         save_config(config, folder)
     assert config.steps is not None
 
@@ -278,7 +272,9 @@ def run(config: Config, folder: Path) -> None:
         results["bits_per_byte_other_weights"] = {name: bits_of(held_out, nats, range(len(held_out)))}
         results["weights"] = "averaged" if config.average.use else "as trained"
     results |= xz_yardsticks(source)
-    draw_curves(folder, results, f"{config.preset} on {source.name}")
+    title = f"{config.preset} on {source.name}"
+    draw_curves(folder, results, title)
+    plot_update_ratios(folder / "metrics.jsonl", folder / "update_ratios.png", title=title)
     speeds = [line["tokens_per_s"] for line in read_metrics(folder / "metrics.jsonl") if "tokens_per_s" in line]
     speed = float(np.median(speeds))
     results |= {"steps": config.steps, "skipped": int(state.stats.skipped), "spikes": int(state.stats.spikes)}
@@ -303,7 +299,7 @@ def train_or_load_tokenizer(config: Config, source: Source, folder: Path) -> Tok
 
 
 if __name__ == "__main__":
-    chosen = parse(Config, PRESETS, __doc__ or "", default_preset="4m", recipe="pretrain_small")
+    chosen = parse(Config, __doc__ or "", recipe="pretrain_small", presets=PRESETS, default_preset="4m")
     try:
         main(chosen)
     except (ValueError, OSError, CheckpointError, DeviceError, SpikeError) as error:

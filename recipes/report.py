@@ -202,7 +202,8 @@ def show(results: dict[str, Any], folder: Path, samples: list[dict[str, Any]]) -
         console.rule("a sample: the head of a held-out file, then the model")
         console.print(sample["prompt"], style="dim", end="", markup=False, highlight=False)
         console.print(sample["text"], markup=False, highlight=False)
-    table = Table(title="held-out text, bits per byte (less is better)", title_justify="left")
+    console.print("held-out text, bits per byte (less is better)", style="italic", highlight=False)
+    table = Table()
     table.add_column("coder")
     table.add_column("bits per byte", justify="right")
     weights = f", {results['weights']}" if "bits_per_byte_other_weights" in results else ""

@@ -16,6 +16,8 @@ from loguru import logger
 from pydantic import BaseModel, field_validator
 
 import lm
+from data.pipeline import Batch
+from data.rows import MixedRows, Rows
 from lm.flight import Flight
 from recipes.command_line import CONFIG_FILE, RecipeConfig, load_config, resumable
 from train.backends import choose_backend, choose_dtype
@@ -72,6 +74,19 @@ def seconds_a_step(step: Any, state: TrainState, batch: Any) -> float:
     return float(np.median(times[1:]))  # the first one compiled
 
 
+def steps_that_fit(step: Any, state: TrainState, first_batch: Batch, rows: Rows, batch: int, *, minutes: float, max_epochs: float) -> int:
+    """How many steps the time allows, measured with this state, which is used up; and no more than the passes over the text allowed."""
+    seconds = seconds_a_step(step, state, first_batch)
+    fit, most = int(minutes * 60 / seconds), int(max_epochs * rows.rows_per_epoch / batch)
+    if isinstance(rows, MixedRows) and rows.on_end == "stop":
+        most = min(most, rows.rows_before_an_end() // batch)
+    taken = max(1, min(fit, most))
+    logger.info(
+        f"{seconds:.2f} s a step: {fit:,} steps fit into {minutes:g} minutes, {most:,} make {max_epochs:g} epochs; taking {taken:,}"
+    )
+    return taken
+
+
 # ------------------------------------------------------------------------------------------- the run folder
 
 
@@ -102,8 +117,8 @@ def restore(
     found = checkpoints.restore(jax.eval_shape(lambda state: state.items(), abstract))
     if found.record["identity"] != identity:
         raise ValueError(
-            f"this run was trained on corpus and tokenizer {found.record['identity']}; now they are {identity}. "
-            "The text has changed since (another Python? edited files?): bring it back, or start a new run"
+            f"this run was trained on {found.record['identity']}; now they are {identity}. "
+            "One of them has changed since (another Python? edited files?): bring it back, or start a new run"
         )
     if found.step > total_steps:
         raise ValueError(f"the run has done {found.step} steps already; --steps {total_steps} would be fewer")

@@ -1,17 +1,17 @@
 """What the README promises can be typed."""
 
 import re
-from pathlib import Path
 
 from integration.recipe_runs import run
+from pages import ROOT, blocks, missing_links, unknown_flags
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-SHELL = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+README = (ROOT / "README.md").read_text()
+SHELL = blocks(README, "sh")
 
 
 def test_the_ipython_session_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (session,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (session,) = blocks(README, "python")
     names: dict = {}
     exec(session, names)
     assert names["logits"].shape == (10, 300)
@@ -31,18 +31,14 @@ def test_command_1_trains_on_the_default_corpus(tmp_path):
 
 def test_command_2_is_the_one_ci_runs():
     assert SHELL[1].strip() == ".tools/bin/uv run pytest"
-    assert re.search(r"\.ci/uv run \"\$@\" pytest", (Path(__file__).parents[1] / ".ci" / "run").read_text())
+    assert re.search(r"\.ci/uv run \"\$@\" pytest", (ROOT / ".ci" / "run").read_text())
 
 
 def test_every_flag_named_in_the_readme_exists():
-    from recipes.pretrain_small import Config
-
-    flags = {f"--{name.replace('_', '-')}" for name in Config.model_fields} | {"--help", "--extra", "--prompt"}
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= flags
+    assert "--preset" in README
+    assert not unknown_flags(README)
 
 
 def test_files_the_readme_links_to_exist():
-    root = Path(__file__).parents[1]
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
-    assert links
-    assert not [link for link in links if not (root / link).exists()]
+    assert "](docs/" in README
+    assert not missing_links(ROOT / "README.md")

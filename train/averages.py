@@ -8,10 +8,12 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
-from pydantic import BaseModel, Field
+from pydantic import Field
+
+from train.settings import Settings
 
 
-class AverageConfig(BaseModel, frozen=True, extra="forbid"):
+class AverageConfig(Settings):
     """Which average of the weights is kept. It costs the memory of the weights once more."""
 
     name: Literal["none", "ema", "swa"] = Field(

@@ -116,8 +116,9 @@ class RunLog:
 
     def _show(self, step: int) -> None:
         now = time.monotonic()
-        self._first = self._first or (step, now)
-        first_step, first_time = self._first
+        if step > 0:
+            self._first = self._first or (step, now)
+        first_step, first_time = self._first or (step, now)
         words = [f"{name.replace('_', ' ')} {value:.4f}" for name, value in self._shown.items() if name != "tokens_per_s"]
         if "tokens_per_s" in self._shown:
             words.append(f"{self._shown['tokens_per_s']:,.0f} tokens/s")

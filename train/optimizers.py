@@ -17,14 +17,15 @@ import jax.numpy as jnp
 import optax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
-from pydantic import BaseModel, Field, model_validator
+from pydantic import Field, model_validator
 
 from lm.base import leaves_by_path, role
+from train.settings import Settings
 
 # ------------------------------------------------------------------------------------------- optimizers
 
 
-class OptimizerConfig(BaseModel, frozen=True, extra="forbid"):
+class OptimizerConfig(Settings):
     """The rule of the update, and which leaves it touches how. Learning rates over time are in `ScheduleConfig`."""
 
     name: Literal["muon", "adamw", "lion", "adafactor", "schedule_free"] = Field(
@@ -245,7 +246,7 @@ def orthogonalise(x: Float[Array, "n rows columns"], steps: int = 5) -> Float[Ar
 # ------------------------------------------------------------------------------------------- schedules
 
 
-class ScheduleConfig(BaseModel, frozen=True, extra="forbid"):
+class ScheduleConfig(Settings):
     """The learning rate over the run: a linear warm-up, then the chosen shape."""
 
     shape: Literal["linear", "cosine", "constant", "wsd"] = Field(

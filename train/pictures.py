@@ -1,4 +1,4 @@
-"""Pictures that explain: what a row looks like to its own tokens."""
+"""Pictures that explain: what a row looks like to its own tokens, how far updates move the weights, what a model learns and forgets."""
 
 import os
 from collections.abc import Sequence
@@ -11,6 +11,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from lm.masks import Facts, may_attend
+from train.logs import read_metrics
+
+RATIO = "update_ratio/"  # how metrics of this kind begin
 
 
 def plot_mask(facts: Facts, path: str | os.PathLike[str], *, window: int | None = None, labels: Sequence[str] | None = None) -> Path:
@@ -40,3 +43,45 @@ def plot_mask(facts: Facts, path: str | os.PathLike[str], *, window: int | None 
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return Path(path)
+
+
+def plot_update_ratios(metrics_path: str | os.PathLike[str], png_path: str | os.PathLike[str], *, title: str) -> Path | None:
+    """Draw how long each role's updates were beside its weights, over the run (`update_ratio/ROLE` in a `metrics.jsonl`). Lines near 1e-3
+    are healthy. `None`, and no picture, where nothing was measured."""
+    lines = [line for line in read_metrics(metrics_path) if any(name.startswith(RATIO) for name in line)]
+    roles = sorted({name for line in lines for name in line if name.startswith(RATIO)})
+    if not roles:
+        return None
+    figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    colours = plt.get_cmap("tab20")
+    for i, name in enumerate(roles):
+        points = [(line["step"], line[name]) for line in lines if line.get(name, 0) > 0]
+        axes.plot(*zip(*points, strict=True) if points else ([], []), label=name.removeprefix(RATIO), linewidth=1.1, color=colours(i % 20))
+    axes.axhline(1e-3, color="black", linestyle="--", linewidth=1.0, label="1e-3")
+    axes.set(yscale="log", xlabel="step", ylabel="length of update / length of weights", title=title)
+    axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(png_path, dpi=140)
+    plt.close(figure)
+    return Path(png_path)
+
+
+def plot_forgetting(metrics_path: str | os.PathLike[str], png_path: str | os.PathLike[str]) -> Path:
+    """Draw held-out loss on new and old text over a continued run (`val_loss` and `old_val_loss` in a `metrics.jsonl`), with dashed lines
+    where the model began, at step 0."""
+    lines = read_metrics(metrics_path)
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    for text, name, colour in (("new", "val_loss", "tab:blue"), ("old", "old_val_loss", "tab:red")):
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        if points:
+            words = f"{text} text: {points[0][1]:.3f} before, {points[-1][1]:.3f} now"
+            axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, label=words)
+            axes.axhline(points[0][1], color=colour, linestyle="--", linewidth=1.0)
+    axes.set(xlabel="step", ylabel="held-out loss (nats per token)", title="learned and forgotten")
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(png_path, dpi=140)
+    plt.close(figure)
+    return Path(png_path)

@@ -54,6 +54,9 @@ def card(manifest: Mapping[str, Any], results: Mapping[str, Any], bos_id: int | 
     """The model card, in the Hub's format: front matter, then words."""
     corpus, model, device = manifest["corpus"], manifest["model"], manifest["sessions"][-1]["device"]
     text = f"the standard library of {corpus['python']}" if "python" in corpus else f"{corpus['kind']} source"
+    kv_heads = model.get("n_kv_heads", model["n_heads"])
+    continued = manifest.get("continued_from")
+    origin = "trained from scratch" if continued is None else f"continued from {continued['source']}"
     lines = [
         "---",
         "library_name: transformers",
@@ -61,7 +64,7 @@ def card(manifest: Mapping[str, Any], results: Mapping[str, Any], bos_id: int | 
         "tags: [jax, equinox, zmaj-lm]",
         "---",
         "",
-        f"# A {model['parameters'] / 1e6:.1f}M-parameter {model['model_type']} trained from scratch",
+        f"# A {model['parameters'] / 1e6:.1f}M-parameter {model['model_type']} {origin}",
         "",
         f"Trained with zmaj-lm on {corpus['train_bytes']:,} bytes of text ({text}, {corpus['train_documents']:,} documents): "
         f"{manifest['tokens']:,} tokens in {manifest['steps']:,} steps on {device.get('cpu') or device['device_kind']}.",
@@ -70,6 +73,8 @@ def card(manifest: Mapping[str, Any], results: Mapping[str, Any], bos_id: int | 
         "|---|---|",
         f"| this model | {results['bits_per_byte']:.4f} |",
         *(f"| {coder} | {results[key]:.4f} |" for key, coder in YARDSTICKS.items() if key in results),
+        *(f"| before, {name} text | {found['bits_per_byte']:.4f} |" for name, found in results.get("before", {}).items()),
+        *(f"| after, {name} text | {found['bits_per_byte']:.4f} |" for name, found in results.get("after", {}).items()),
         "",
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
@@ -79,7 +84,7 @@ def card(manifest: Mapping[str, Any], results: Mapping[str, Any], bos_id: int | 
         "```",
         "",
         *([] if bos_id is None else [f"A document begins with token {bos_id}, which the tokenizer does not add by itself.", ""]),
-        f"Layers {model['n_layers']}, width {model['d_model']}, heads {model['n_heads']} ({model['n_kv_heads']} for keys), "
+        f"Layers {model['n_layers']}, width {model['d_model']}, heads {model['n_heads']} ({kv_heads} for keys), "
         f"MLP {model['d_ff']}, vocabulary {model['vocab']:,}, context {model['context']:,}; seed {manifest['seed']}; "
         f"corpus sha256 `{corpus['sha256']}`.",
         "",

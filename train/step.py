@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import optax
 from jaxtyping import Array, Float, Int, Key
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from data.pipeline import Batch
 from lm.base import AbstractLM, leaves_by_path, role
@@ -19,11 +19,12 @@ from lm.kernels import Ops
 from lm.masks import Facts
 from train.losses import Loss, next_token, token_log_probs
 from train.optimizers import averaged_by_optimizer, check_patterns, is_meant, map_paths
+from train.settings import Settings
 
 SPIKE_WINDOW = 128  # steps that a jump is judged by, as in OLMo-core's SkipStepOptimizer
 
 
-class StepConfig(BaseModel, frozen=True, extra="forbid"):
+class StepConfig(Settings):
     """What belongs to one step beside the model and the optimizer."""
 
     micro_batches: int = Field(1, ge=1, description="pieces a batch is cut into to save memory; the result is that of the whole")

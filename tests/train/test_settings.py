@@ -16,7 +16,7 @@ def test_mistakes_are_a_line_each_with_what_came() -> None:
         Rates(peak=-2, beta_1=float("nan"), warmup=3)
     assert str(caught.value).splitlines() == [
         "peak: Input should be greater than 0 (got -2)",
-        "beta-1: Input should be less than 1 (got nan)",
+        "beta_1: Input should be less than 1 (got nan)",
         "warmup: Extra inputs are not permitted (got 3)",
     ]
 
