@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import grain
 import numpy as np
+from loguru import logger
 
 from data.store import Place, TextStore
 
@@ -82,6 +83,7 @@ class Documents:
                 self.held_out.append(len(self))
             self.store.append(name, taken, place if as_it_is else None)
             self.bytes += len(taken)
+            self.counts["documents_with_nul"] += b"\0" in taken
             for part in (name.encode(), taken):
                 self.digest.update(len(part).to_bytes(8, "little"))
                 self.digest.update(part)
@@ -107,8 +109,15 @@ class Documents:
     def source(self, name: str, record: dict[str, Any]) -> Source:
         """The finished `Source`: documents split in two, `record` (what only this source knows) completed."""
         if not len(self):
-            counts = ", ".join(f"{what} {n}" for what, n in self.counts.items())
+            counts = ", ".join(f"{what} {n}" for what, n in self.counts.items()) or "it holds no documents"
             raise ValueError(f"no text in '{self.spec}' ({counts}): expected at least one document that is not empty")
+        if with_nul := self.counts["documents_with_nul"]:
+            logger.warning(
+                "{} of {} documents of '{}' have NUL characters in them, as UTF-16 and binary files do; they are taken as they are",
+                with_nul,
+                len(self),
+                self.spec,
+            )
         store, held_out, rule = self._split()
         held_out_bytes = sum(store.size(int(i)) for i in held_out)
         train, kept_out = _Texts(store, held_out, False), _Texts(store, held_out, True)

@@ -6,7 +6,10 @@ name. Weights are shares of the training tokens and are normalised: `A:7,B:3` is
 """
 
 import hashlib
+import itertools
+import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,16 +17,17 @@ import grain
 
 from data.documents import Part, Source
 
-_PART = re.compile(r"(.+?):([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?:,\s*|$)", re.DOTALL)
-_IS_MIXTURE = re.compile(r":[-+]?[\d.]+(?:[eE][-+]?\d+)?,")
+_NOT_FINITE = r"[-+]?(?:nan|inf|infinity)"  # numbers to Python, so refused as such
+_PART = re.compile(rf"(.+?):([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|{_NOT_FINITE})(?:,\s*|$)", re.DOTALL | re.IGNORECASE)
+_IS_MIXTURE = re.compile(rf":(?:[-+]?[\d.]+(?:[eE][-+]?\d+)?|{_NOT_FINITE}),", re.IGNORECASE)
 
 
 def parse_mixture(spec: str) -> list[tuple[str, float]] | None:
     """The parts of a mixture and their weights as typed; `None` if `spec` is a single source.
 
-    **Raises:** `ValueError` for a part without a weight, a weight of 0 or below, or a part named twice.
+    **Raises:** `ValueError` for a part without a weight, a weight that is not above 0 and finite, or a part named twice.
     """
-    if not _IS_MIXTURE.search(spec) or Path(spec).expanduser().exists():
+    if not _IS_MIXTURE.search(spec) or Path(os.path.expanduser(spec)).exists():
         return None
     parts: list[tuple[str, float]] = []
     at = 0
@@ -33,8 +37,8 @@ def parse_mixture(spec: str) -> list[tuple[str, float]] | None:
                 f"the part '{spec[at:]}' of '{spec}' has no weight: expected SOURCE:WEIGHT,SOURCE:WEIGHT, as in a.txt:0.7,b/:0.3"
             )
         name, weight = found[1].strip(), float(found[2])
-        if not weight > 0:
-            raise ValueError(f"the weight of '{name}' must be above 0, got {found[2]}: leave it out if you do not want it")
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"the weight of '{name}' must be above 0 and finite, got {found[2]}: leave it out if you do not want it")
         if name in (earlier for earlier, _ in parts):
             raise ValueError(f"'{name}' stands in the mixture twice: give it one weight")
         parts.append((name, weight))
@@ -43,10 +47,17 @@ def parse_mixture(spec: str) -> list[tuple[str, float]] | None:
 
 
 def mixed_source(spec: str, parts: Sequence[Part]) -> Source:
-    """All documents of the parts, one part after another; the record holds those of the parts."""
+    """All documents of the parts, one part after another; the record holds those of the parts, and their counts added up.
+
+    **Raises:** `ValueError` if two parts are the same text under two names.
+    """
+    for part, other in itertools.combinations(parts, 2):
+        if part.source.record["sha256"] == other.source.record["sha256"]:
+            raise ValueError(f"'{part.name}' and '{other.name}' are the same text: name it once, and give it one weight")
     records = [part.source.record for part in parts]
     total = sum(part.weight for part in parts)
-    added = ("documents", "bytes", "train_documents", "train_bytes", "held_out_documents", "held_out_bytes", "empty_documents")
+    added = {name: None for record in records for name, value in record.items() if isinstance(value, int)}
+    left_out = sum((Counter(record.get("left_out", {})) for record in records), Counter())
     return Source(
         "+".join(part.source.name for part in parts),
         grain.MapDataset.concatenate([part.source.train for part in parts]),
@@ -54,7 +65,9 @@ def mixed_source(spec: str, parts: Sequence[Part]) -> Source:
         {
             "spec": spec,
             "kind": "mixture",
-            **{name: sum(record[name] for record in records) for name in added},
+            **{name: sum(record.get(name, 0) for record in records) for name in added},
+            "held_out_rule": "; ".join(dict.fromkeys(record["held_out_rule"] for record in records)),
+            "left_out": dict(sorted(left_out.items())),
             # The documents, not the weights: with others the same text is held out and the same caches serve.
             "sha256": hashlib.sha256("".join(record["sha256"] for record in records).encode()).hexdigest(),
             "parts": [{"weight": part.weight / total, **part.source.record} for part in parts],

@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import zlib
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -54,16 +55,22 @@ def read_jsonl(kept: Documents, file: Path, name: str, text_field: str) -> None:
     packed = file.suffix.lower() in (".gz", ".zst")
     number_of_file = -1 if packed else kept.store.file(file, lambda line: json.loads(line)[text_field])
     at = 0
-    for number, line in lines(file):
-        where = f"line {number} of '{file}'"
-        if not line.strip():
-            kept.counts["blank_lines"] += 1
-        elif (decoded := kept.decode(line, where)) is not None:
-            # A lone \ud800 is legal JSON but not text: back to bytes, where the one rule for bad UTF-8 meets it.
-            text = text_of(decoded, where, text_field).encode("utf-8", "surrogatepass")
-            stays = not packed and "\ufffd" not in decoded
-            kept.add(f"{name}:{number}", text, f"`{text_field}` in {where}", Place(number_of_file, at, len(line)) if stays else None)
-        at += len(line)
+    unread = lines(file)
+    try:
+        for number, line in unread:
+            where = f"line {number} of '{file}'"
+            if not line.strip():
+                kept.counts["blank_lines"] += 1
+            elif (decoded := kept.decode(line, where)) is not None:
+                # A lone \ud800 is legal JSON but not text: back to bytes, where the one rule for bad UTF-8 meets it.
+                text = text_of(decoded, where, text_field).encode("utf-8", "surrogatepass")
+                stays = not packed and "\ufffd" not in decoded
+                kept.add(f"{name}:{number}", text, f"`{text_field}` in {where}", Place(number_of_file, at, len(line)) if stays else None)
+            at += len(line)
+    except ValueError:
+        if packed:  # a bad line may be damage that its sums tell of: then that is what is said
+            deque(unread, maxlen=0)
+        raise
 
 
 def read_parquet(kept: Documents, file: Path, name: str, text_field: str) -> None:
@@ -170,10 +177,10 @@ class _Zstd(io.RawIOBase):
 
 
 def text_of(line: str, where: str, text_field: str) -> str:
-    """The text in a line of JSON."""
+    """The text in a line of JSON. A byte order mark before it, as some programs write at the head of a file, is passed over."""
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
+        row = json.loads(line.removeprefix("\ufeff"))
+    except (ValueError, RecursionError) as error:  # also for a number of too many digits, and for brackets nested too deep
         raise ValueError(f"{where} is not JSON: {error}. Expected one object a line with a `{text_field}` field") from error
     if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
         found = f"the keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"

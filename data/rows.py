@@ -161,6 +161,10 @@ class MixedRows:
             left -= counts[-1]
         return counts
 
+    def pairs_in(self, rows: int) -> int:
+        """How many pairs carry loss in the first `rows` rows."""
+        return sum(part.pairs_in(n) for part, n in zip(self.parts, self.dealt(rows), strict=True))
+
     def rows_before_an_end(self) -> int:
         """How many rows there are before one would repeat a row of its part."""
         low, high = 0, 2 * max(int(part.rows_per_epoch / share) + 2 for part, share in zip(self.parts, self.row_shares, strict=True))

@@ -52,8 +52,19 @@ def open_source(spec: str, *, on_invalid_utf8: OnInvalidUTF8 = "error") -> Sourc
     if (parts := parse_mixture(spec)) is not None:
         opened = [Part(name, open_source(name, on_invalid_utf8=on_invalid_utf8), weight) for name, weight in parts]
         return mixed_source(spec, opened)
+    if not spec.strip():
+        raise ValueError(f"no source is named: expected one of {ACCEPTED}")
+    try:
+        return _single_source(spec, on_invalid_utf8)
+    except PermissionError as error:
+        raise ValueError(
+            f"no permission to read '{error.filename}': change it (`chmod u+r`, for a folder `u+rx`), or leave that out"
+        ) from error
+
+
+def _single_source(spec: str, on_invalid_utf8: OnInvalidUTF8) -> Source:
     place, text_field = _column(spec)
-    path = Path(place).expanduser()
+    path = _expanded(place)
     name = path.name.lower()
     if spec == "stdlib":
         return stdlib(on_invalid_utf8=on_invalid_utf8)
@@ -65,11 +76,14 @@ def open_source(spec: str, *, on_invalid_utf8: OnInvalidUTF8 = "error") -> Sourc
         return jsonl(place, text_field=text_field, on_invalid_utf8=on_invalid_utf8)
     if path.exists() and name.endswith(PARQUET_SUFFIXES):
         return parquet(place, text_field=text_field, on_invalid_utf8=on_invalid_utf8)
+    if path.exists() and place != spec:
+        raise ValueError(f"'{place}' has no columns, but '{spec}' names one: leave out #column={text_field}")
     if path.exists() and name.endswith(ARRAY_RECORD_SUFFIXES):
         return array_record(place, on_invalid_utf8=on_invalid_utf8)
     if path.exists() and path.suffix.lower() in TEXT_SUFFIXES:
         return text_file(place, on_invalid_utf8=on_invalid_utf8)
     if path.exists():
+        _existing_file(place)
         raise ValueError(f"'{spec}' has the unknown suffix '{path.suffix}'. Accepted: {ACCEPTED}")
     if scheme := re.match(r"[A-Za-z][\w+.-]+:", spec):
         raise ValueError(f"unknown scheme '{scheme[0]}' in '{spec}'. Accepted: {ACCEPTED}")
@@ -79,7 +93,7 @@ def open_source(spec: str, *, on_invalid_utf8: OnInvalidUTF8 = "error") -> Sourc
 def _column(spec: str) -> tuple[str, str]:
     """`FILE#column=NAME` in two; the column is `text` where none is named."""
     place, mark, column = spec.rpartition("#column=")
-    return (place, column) if mark and column and not Path(spec).expanduser().exists() else (spec, "text")
+    return (place, column) if mark and column and not _expanded(spec).exists() else (spec, "text")
 
 
 def stdlib(*, on_invalid_utf8: OnInvalidUTF8 = "error") -> Source:
@@ -112,7 +126,7 @@ def folder(path: str | Path, *, text_field: str = "text", on_invalid_utf8: OnInv
 
     Hidden files and folders (`.git`), linked folders and files with other suffixes are left out and counted.
     """
-    root = Path(path).expanduser()
+    root = _expanded(path)
     if not root.exists():
         raise _missing(path)
     if not root.is_dir():
@@ -170,19 +184,26 @@ def _walk(root: Path, left_out: Counter[str]) -> Iterator[Path]:
 
 
 def _existing_file(path: str | Path) -> Path:
-    file = Path(path).expanduser()
+    file = _expanded(path)
     if not file.exists():
         raise _missing(path)
     if not file.is_file():
-        raise ValueError(f"expected a regular file, but '{path}' is {'a folder' if file.is_dir() else 'not one'}")
+        kind = "a folder" if file.is_dir() else "a pipe or a device: write its text to a file first"
+        raise ValueError(f"expected a regular file, but '{path}' is {kind}")
     if file.stat().st_size == 0:
         raise ValueError(f"'{path}' is empty (0 bytes): there is nothing to train on")
     return file
 
 
 def _missing(path: str | Path) -> ValueError:
-    nearest = next(parent for parent in Path(path).expanduser().absolute().parents if parent.exists())
-    return ValueError(f"'{path}' does not exist; its nearest existing parent is '{nearest}'. Accepted: {ACCEPTED}")
+    nearest = next(parent for parent in _expanded(path).absolute().parents if parent.exists())
+    mixture = " If a mixture is meant, each of its parts, two or more, needs a weight." if re.search(r",|:[\d.]+$", str(path)) else ""
+    return ValueError(f"'{path}' does not exist; its nearest existing parent is '{nearest}'.{mixture} Accepted: {ACCEPTED}")
+
+
+def _expanded(path: str | Path) -> Path:
+    """With the home folder for `~`. A user who is not known stays as typed, where `Path.expanduser` raises `RuntimeError`."""
+    return Path(os.path.expanduser(path))
 
 
 def _printable(name: str) -> str:

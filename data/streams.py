@@ -9,6 +9,7 @@ Grain's own `ConcatThenSplitIterDataset` is not used: its state holds tuples, wh
 wrong rows without a word. Here the packer keeps one document and two numbers, and states from JSON get their tuples back.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -157,7 +158,7 @@ class LineStream(grain.IterDataset):
 
     def __init__(self, path: str | Path, *, text_field: str = "text", on_invalid_utf8: OnInvalidUTF8 = "error") -> None:
         super().__init__()
-        self._path = Path(path).expanduser()
+        self._path = Path(os.path.expanduser(path))
         if not self._path.is_file() or not self._path.name.lower().endswith(JSONL_SUFFIXES):
             raise ValueError(f"expected a file ending in one of {', '.join(JSONL_SUFFIXES)}, got '{path}'")
         self._text_field, self._on_invalid_utf8 = text_field, on_invalid_utf8

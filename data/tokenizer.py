@@ -120,7 +120,10 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception for everything it cannot parse
             raise ValueError(f"'{file}' is not a Hugging Face tokenizer.json: {error}") from error
         beside = file.with_name("tokenizer_config.json")
-        config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+        try:
+            config = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+        except ValueError as error:
+            raise ValueError(f"'{beside}' is not JSON: {error}. Fetch it again, or remove it to go without BOS, EOS and PAD") from error
         bos, eos, pad = (_content(config.get(f"{role}_token")) for role in ("bos", "eos", "pad"))
         return cls(core, bos=bos, eos=eos, pad=pad)
 

@@ -69,7 +69,10 @@ class AbstractLM(eqx.Module, is_abstract=True):
         *,
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "*batch seq d_model"], tuple[Any, ...] | None, Aux]:
-        """The residual stream after the last norm, the caches after these tokens, and what the blocks reported."""
+        """The residual stream after the last norm, the caches after these tokens, and what the blocks reported.
+
+        `key` draws the dropout; `None` means evaluation: nothing is dropped, whatever the config says.
+        """
 
     @property
     @abstractmethod

@@ -43,7 +43,7 @@ class Sampler:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added); -inf forbids it
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not self.temperature >= 0:
             raise ValueError(f"temperature must be 0 (greedy) or above, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1 (or None for all tokens), got {self.top_k}")
@@ -53,6 +53,8 @@ class Sampler:
             raise ValueError(f"min_p must lie in [0, 1] (or be None), got {self.min_p}")
         if not self.repetition_penalty > 0:
             raise ValueError(f"repetition_penalty must be above 0 (1: none; above 1: fewer repetitions), got {self.repetition_penalty}")
+        if unusable := [(token, bias) for token, bias in self.logit_bias if not bias < float("inf")]:
+            raise ValueError(f"logit_bias must be numbers, or -inf to forbid a token, got {unusable}")
 
     def __call__(
         self, logits: Float[Array, "batch vocab"], keys: Key[Array, " batch"], seen: Bool[Array, "batch vocab"] | None = None

@@ -131,10 +131,24 @@ def save_folder(model: AbstractLM, names: Names, folder: Path, *, dtype: Any = N
         pieces = [np.asarray(leaf if dtype is None else leaf.astype(dtype)) for _, _, leaf in leaves]
         whole = np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
         tensors[key] = np.ascontiguousarray(whole.T) if leaves[0][1].transposed else whole
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    try:
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{folder / WEIGHTS_FILE} could not be written ({error}): is the disk full?") from error
     stored = str(next(iter(tensors.values())).dtype)
     config = config | {"dtype": stored} | dict(extra_config or {})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not whole JSON ({error}): was the download or copy cut short?") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}: expected a JSON object")
+    return content
 
 
 def _open(file: Path) -> Any:
@@ -147,7 +161,9 @@ def _open(file: Path) -> Any:
 def _files_of(folder: Path) -> dict[str, Path]:
     """Which file holds which tensor."""
     if (folder / INDEX_FILE).is_file():
-        weight_map = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{folder / INDEX_FILE} has no weight_map: expected an object that names the file of each tensor")
         return {key: folder / name for key, name in weight_map.items()}
     if not (folder / WEIGHTS_FILE).is_file():
         raise FileNotFoundError(f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}")

@@ -14,11 +14,11 @@ from typing import Annotated, Any, Literal
 import jax.random as jr
 import numpy as np
 import tyro
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from data.tokenizer import StreamDecoder, Tokenizer
 from lm.generate import Sampler, generate, stream
-from recipes.command_line import fail
+from recipes.command_line import RecipeConfig, fail
 from recipes.loading import load
 from recipes.stop_strings import StopStrings
 from train.checkpoint import CheckpointError
@@ -26,7 +26,7 @@ from train.logs import plain_messages
 from train.runtime import DeviceError, choose_device, compilation_cache
 
 
-class Config(BaseModel, frozen=True, extra="forbid"):
+class Config(RecipeConfig):
     """What to continue, and how."""
 
     model: Annotated[Path, tyro.conf.Positional] = Field(description="run folder or export folder")

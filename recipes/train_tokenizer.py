@@ -17,7 +17,7 @@ import matplotlib
 import numpy as np
 import tyro
 from loguru import logger
-from pydantic import BaseModel, Field
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -25,21 +25,23 @@ from rich.text import Text
 from data.sources import Source, open_source
 from data.tokenizer import Tokenizer
 from data.tokenizer_report import measure, visible, vocabulary_use
-from recipes.command_line import CONFIG_FILE, fail
+from recipes.command_line import CONFIG_FILE, RecipeConfig, fail
 from train.logs import plain_messages, write_json
 
 COLORS = ("#cfe8ff", "#ffe3c2", "#d5f2cf", "#f6d1e6", "#e6dcff", "#fff3b0")  # neighbours always differ
 COLUMNS = 100  # characters of a line in the pictures
 
 
-class Config(BaseModel, frozen=True, extra="forbid"):
+class Config(RecipeConfig):
     """What to train on, and what to compare with."""
 
     data: str = Field("stdlib", description="the corpus: stdlib, a file, a folder, hf://owner/name/split, or a mixture A:0.7,B:0.3")
     vocab: int = Field(4096, description="tokens of the vocabulary to be learned, special ones included")
     compare: tuple[Path, ...] = Field((), description="tokenizer.json files, or folders with one, to measure on the same text")
     on_invalid_utf8: Literal["error", "replace", "skip"] = Field("error", description="what to do with a document that is not UTF-8")
-    report_mb: float = Field(20.0, gt=0, description="megabytes of held-out text measured a source, at most; the rest is counted")
+    report_mb: float = Field(
+        20.0, gt=0, allow_inf_nan=False, description="megabytes of held-out text measured a source, at most; the rest is counted"
+    )
     worst_words: int = Field(20, ge=0, description="how many of the costliest words to list")
     picture_characters: int = Field(1500, ge=1, description="characters of held-out text in the pictures")
     run_dir: Path | None = Field(None, description="folder for everything written; None: runs/train_tokenizer-DATE-TIME")

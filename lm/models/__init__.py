@@ -1,6 +1,5 @@
 """The drawings, by the name Hugging Face files know them under. A new architecture is one file beside these and one line here."""
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +7,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Array, Key
 
 from lm.base import AbstractLM
-from lm.hf import Names, abstract, load_weights, save_folder
+from lm.hf import Names, abstract, load_weights, read_json, save_folder
 from lm.models import gpt2, llama, qwen3
 
 
@@ -53,7 +52,7 @@ def load_pretrained(folder: str | Path, *, dtype: Any = None) -> AbstractLM:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: expected a Hugging Face folder with config.json and model.safetensors")
-    raw = json.loads(path.read_text(encoding="utf-8"))
+    raw = read_json(path)
     model_type = raw.get("model_type")
     if model_type not in ARCHITECTURES:
         raise ValueError(f"{path} is of model_type {model_type!r}; known are {', '.join(sorted(ARCHITECTURES))}")

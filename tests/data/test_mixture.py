@@ -59,8 +59,13 @@ def test_a_file_with_such_a_name_is_that_file(tmp_path) -> None:
     ("spec", "words"),
     [
         ("A:0.7,B", "part 'B' of 'A:0.7,B' has no weight: expected SOURCE:WEIGHT"),
-        ("A:0,B:1", "weight of 'A' must be above 0, got 0"),
-        ("A:1,B:-0.5", "weight of 'B' must be above 0, got -0.5"),
+        ("A:0,B:1", "weight of 'A' must be above 0 and finite, got 0"),
+        ("A:1,B:-0.5", "weight of 'B' must be above 0 and finite, got -0.5"),
+        ("A:nan,B:1", "weight of 'A' must be above 0 and finite, got nan"),
+        ("A:1,B:NaN", "weight of 'B' must be above 0 and finite, got NaN"),
+        ("A:inf,B:1", "weight of 'A' must be above 0 and finite, got inf"),
+        ("A:1,B:1e999", "weight of 'B' must be above 0 and finite, got 1e999"),
+        ("A,B:0.3", "If a mixture is meant, each of its parts, two or more, needs a weight"),
         ("A:1,A:2", "'A' stands in the mixture twice"),
         ("stdlib:1,nowhere.txt:2", "'nowhere.txt' does not exist"),
         ("stdlib:1,s3://bucket/x:2", "unknown scheme 's3:' in 's3://bucket/x'"),
@@ -69,6 +74,25 @@ def test_a_file_with_such_a_name_is_that_file(tmp_path) -> None:
 def test_bad_mixtures_are_refused(spec: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         open_source(spec)
+
+
+def test_one_text_under_two_names_is_refused(tmp_path) -> None:
+    (tmp_path / "one.txt").write_text("a line of text\n" * 40)
+    with pytest.raises(ValueError, match=r"one.txt' and '.*/../.*one.txt' are the same text: name it once"):
+        open_source(f"{tmp_path}/one.txt:1,{tmp_path}/../{tmp_path.name}/one.txt:1")
+
+
+def test_a_mixture_counts_what_its_parts_left_out(tmp_path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "fine"}\n\n{"text": "n\xe9"}\n{"text": ""}\n')
+    for name in ("one.txt", "two.txt", "three.png"):
+        (tmp_path / "b").mkdir(exist_ok=True)
+        (tmp_path / "b" / name).write_text(f"{name} line of text\n")
+    (tmp_path / "b" / "empty.txt").touch()
+    source = open_source(f"{tmp_path}/a.jsonl:1,{tmp_path}/b:1", on_invalid_utf8="replace")
+    expected = {"documents": 4, "blank_lines": 1, "empty_documents": 2, "characters_replaced": 1, "left_out": {"*.png": 1}}
+    assert expected.items() <= source.record.items()
+    own = {"kind", "on_invalid_utf8"}  # of each part, and there to be read
+    assert set(open_source(f"{tmp_path}/a.jsonl", on_invalid_utf8="replace").record) - own <= set(source.record)
 
 
 def test_the_source_of_a_mixture_has_the_documents_of_its_parts(tmp_path) -> None:
@@ -109,6 +133,7 @@ def test_the_share_in_tokens_follows_the_weights_with_any_padding(caches, packin
     for g in range(n):
         counted["abc"[rows.locate(g)[0]]] += int(rows[g]["loss_weights"].sum())
     assert counted == {name: part["tokens"] for name, part in realised.items()}
+    assert rows.pairs_in(n) == sum(counted.values())
     assert [part["token_share"] for part in realised.values()] == pytest.approx([0.6, 0.3, 0.1], abs=0.01)
     assert sum(part["rows"] for part in realised.values()) == n
     assert realised["c"]["epochs"] > 1 > realised["c"]["weight"]  # a small part repeats, and that is said

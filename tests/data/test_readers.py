@@ -111,6 +111,18 @@ def test_damaged_files_are_named(tmp_path: Path, suffix: str, kind: str, damage:
         open_source(str(path))
 
 
+def test_damage_is_told_before_what_it_makes_of_a_line(tmp_path: Path) -> None:
+    """Stored without compression, a bad byte passes as text, and only the sum at the end tells of it."""
+    content = bytearray(gzip.compress(lines_of(TEXTS), compresslevel=0))
+    content[content.index(b'{"text"', 2000) + 1] = ord("'")
+    (tmp_path / "rows.jsonl.gz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"rows.jsonl.gz' is not a whole gzip file: CRC check failed"):
+        open_source(str(tmp_path / "rows.jsonl.gz"))
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(gzip.decompress(gzip.compress(lines_of(TEXTS))) + b"no json"))
+    with pytest.raises(ValueError, match=r"line 201 of .*rows.jsonl.gz' is not JSON"):
+        open_source(str(tmp_path / "rows.jsonl.gz"))
+
+
 def test_damaged_array_record_is_named(tmp_path: Path) -> None:
     path = tmp_path / "rows.array_record"
     path.write_bytes(b"not records " * 9000)

@@ -5,6 +5,9 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import grain
@@ -139,7 +142,11 @@ def test_jsonl_reads_text_and_names_by_line(tmp_path: Path, suffix: str) -> None
     [
         (b'{"content": "x", "id": 1}', r"line 2 of '.*rows.jsonl' has the keys \['content', 'id'\]: expected"),
         (b'{"text": 5}', r"line 2 of .* has `text` of type int"),
+        (b'{"text": null}', r"line 2 of .* has `text` of type NoneType"),
         (b'["text"]', r"line 2 of .* has a list"),
+        (b"9" * 5000, r"line 2 of .* is not JSON: Exceeds the limit .*one object a line with a `text` field"),
+        (b"[" * 100_000, r"line 2 of .* is not JSON: .*one object a line with a `text` field"),
+        (b"\0\0\0", r"line 2 of .* is not JSON"),
         (b"{'text': 1}", r"line 2 of .* is not JSON: .*one object a line with a `text` field"),
         (b'{"text": "\xff"}', r"line 2 of .* is not UTF-8: byte 0xff at offset 10"),
         (b'{"text": "ab\\ud800"}', r"`text` in line 2 of .* is not UTF-8: byte 0xed at offset 2"),
@@ -149,6 +156,29 @@ def test_bad_jsonl_line_is_named(tmp_path: Path, line: bytes, words: str) -> Non
     (tmp_path / "rows.jsonl").write_bytes(b'{"text": "good"}\n' + line + b"\n")
     with pytest.raises(ValueError, match=words):
         open_source(str(tmp_path / "rows.jsonl"))
+
+
+def test_a_byte_order_mark_before_json_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n{"text": "two\\r\\n"}\r\n')
+    source = open_source(str(tmp_path / "rows.jsonl"))
+    assert all_of(source.train) | all_of(source.held_out) == {"rows.jsonl:1": "one", "rows.jsonl:2": "two\r\n"}
+    assert source.record["bytes"] == len("onetwo\r\n")
+
+
+def test_text_is_taken_with_its_byte_order_mark_and_line_ends(tmp_path: Path) -> None:
+    text = "\ufeffone line\r\n" * 20
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    source = open_source(str(tmp_path / "a.txt"))
+    assert source.train[0]["text"] + source.held_out[0]["text"] == text
+
+
+def test_nul_characters_are_taken_counted_and_said(tmp_path: Path, warnings: list[str]) -> None:
+    (tmp_path / "a.txt").write_bytes("UTF-16 without a mark".encode("utf-16-le"))
+    (tmp_path / "b.txt").write_text("ordinary text")
+    source = open_source(str(tmp_path))
+    assert source.record["documents_with_nul"] == 1
+    assert any(message.startswith("1 of 2 documents of") and "NUL characters" in message for message in warnings)
+    assert "\0" in (all_of(source.train) | all_of(source.held_out))["a.txt"]
 
 
 def test_invalid_utf8_stops_is_replaced_or_is_skipped(tmp_path: Path) -> None:
@@ -180,8 +210,21 @@ def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"\x00")
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(json.dumps({"text": "x" * 50}).encode())[:-9])
     (tmp_path / "fake.jsonl.gz").write_text('{"text": "not compressed"}')
+    (tmp_path / "blank.jsonl").write_text("\n \n\n")
+    (tmp_path / "void.jsonl.gz").write_bytes(gzip.compress(b""))
+    os.mkfifo(tmp_path / "pipe.txt")
     refuses(tmp_path / "nope" / "x.txt", rf"does not exist; its nearest existing parent is '{tmp_path}'.*stdlib.*\.jsonl")
     refuses("s3://bucket/x", r"unknown scheme 's3:' .*Accepted: 'stdlib'")
+    refuses("foo:bar", r"unknown scheme 'foo:' in 'foo:bar'. Accepted: 'stdlib'")
+    refuses("", r"no source is named: expected one of 'stdlib'")
+    refuses("~nobody-has-this-name/a.txt", r"'~nobody-has-this-name/a.txt' does not exist")
+    refuses(f"{tmp_path}/short.txt,{tmp_path}/blank.txt:0.3", r"If a mixture is meant, each of its parts, .* needs a weight")
+    refuses(f"{tmp_path}/short.txt:1", r"If a mixture is meant, each of its parts, two or more")
+    refuses(f"{tmp_path}/short.txt#column=body", r"short.txt' has no columns, but .* names one: leave out #column=body")
+    refuses(tmp_path / "pipe.txt", r"expected a regular file, but .* is a pipe or a device")
+    refuses("/dev/null", r"expected a regular file, but '/dev/null' is a pipe or a device")
+    refuses(tmp_path / "blank.jsonl", r"no text in .*\(blank_lines 3\): expected at least one document")
+    refuses(tmp_path / "void.jsonl.gz", r"no text in .*\(it holds no documents\)")
     refuses(tmp_path / "model.bin", r"unknown suffix '.bin'. Accepted")
     refuses(tmp_path / "void.txt", r"is empty \(0 bytes\)")
     refuses(tmp_path / "blank.txt", r"no text in .*empty_documents 1")
@@ -194,6 +237,40 @@ def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
         text_file(tmp_path)
     with pytest.raises(ValueError, match=r"expected a folder, but .* is a file"):
         folder(tmp_path / "short.txt")
+
+
+def test_a_pipe_in_a_folder_is_left_out_and_counted(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "nowhere.txt").symlink_to("missing.txt")
+    (tmp_path / "a.txt").write_text("a line of text\n" * 20)
+    assert folder(tmp_path).record["left_out"] == {"not a regular file": 2}
+
+
+@contextmanager
+def without_roots_rights() -> Iterator[None]:
+    """Permissions do not apply to root, as whom containers often run tests."""
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize("what", ["file", "file in a folder", "folder"])
+def test_what_may_not_be_read_is_named(what: str) -> None:
+    with tempfile.TemporaryDirectory() as name:  # not in tmp_path, whose parents are closed to others
+        Path(name).chmod(0o755)
+        file = Path(name) / "texts" / "a.txt"
+        file.parent.mkdir(mode=0o755)
+        file.write_text("a line of text\n" * 20)
+        closed = file.parent if what == "folder" else file
+        closed.chmod(0)
+        with without_roots_rights(), pytest.raises(ValueError, match=rf"no permission to read '{closed}': change it"):
+            open_source(str(file if what == "file" else file.parent))
+        closed.chmod(0o755)
 
 
 def test_file_names_that_are_not_utf8_still_make_records(tmp_path: Path) -> None:

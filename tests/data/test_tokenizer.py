@@ -152,6 +152,10 @@ def test_errors_in_words(tokenizer: Tokenizer, tmp_path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"is not a Hugging Face tokenizer.json"):
         Tokenizer.load(tmp_path)
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer_config.json' is not JSON: .* Fetch it again"):
+        Tokenizer.load(tmp_path)
     with pytest.raises(ValueError, match=r"ids must be 0 to 336, got \[337\]"):
         tokenizer.decode([5, 337])
     with pytest.raises(ValueError, match=r"text 1 of 2 has half a surrogate pair .* at character 2"):

@@ -84,7 +84,18 @@ def test_bad_requests_are_refused_in_words(call, words):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"min_p": 1.5}, {"repetition_penalty": 0.0}]
+    "setting",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"min_p": 1.5},
+        {"repetition_penalty": 0.0},
+        {"logit_bias": ((3, float("nan")),)},
+        {"logit_bias": ((3, float("inf")),)},
+    ],
 )
 def test_impossible_samplers_are_refused(setting):
     with pytest.raises(ValueError, match=next(iter(setting))):

@@ -1,4 +1,5 @@
 import json
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,33 @@ def test_a_truncated_file_is_named(model, tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a whole safetensors file"):
+        lm.load_pretrained(tmp_path)
+
+
+def test_a_full_disk_is_said(model, tmp_path):
+    """A limit on file size stands in for a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"model.safetensors could not be written .*: is the disk full\?"):
+            lm.save_pretrained(model, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(("content", "words"), [("{", "is not whole JSON .*cut short"), ("[]", "holds a list: expected a JSON object")])
+def test_json_that_is_none_is_named(name, content, words, tmp_path):
+    lm.save_pretrained(tiny("llama"), tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name} {words}"):
+        lm.load_pretrained(tmp_path)
+
+
+def test_an_index_without_its_map_is_refused(tmp_path):
+    lm.save_pretrained(tiny("llama"), tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"index.json has no weight_map: expected"):
         lm.load_pretrained(tmp_path)
 
 
