@@ -43,7 +43,7 @@ from data.tokenizer import Tokenizer
 from lm.base import AbstractLM
 from lm.hf import abstract
 from recipes.command_line import CONFIG_FILE, claimed, fail, how_to_resume, parse, resumable
-from recipes.corpus import describe_mixture, describe_source, encode, encode_training
+from recipes.corpus import describe_mixture, describe_packing, describe_source, encode, encode_training
 from recipes.loading import load
 from recipes.report import heads, measure, one_sample
 from recipes.running import (
@@ -87,8 +87,8 @@ class Config(RunConfig):
     batch: int = Field(8, gt=0, description="rows a step; tokens a step = batch x seq")
 
     steps: int | None = resumable(None, ge=1, description="optimizer steps; None: as many as fit into --minutes, measured at the start")
-    minutes: float = Field(5.0, gt=0, description="minutes of training where --steps is not given")
-    max_epochs: float = Field(4.0, gt=0, description="passes over all text, at most, where --steps is not given")
+    minutes: float = Field(5.0, gt=0, allow_inf_nan=False, description="minutes of training where --steps is not given")
+    max_epochs: float = Field(4.0, gt=0, allow_inf_nan=False, description="passes over all text, at most, where --steps is not given")
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig(peak=1e-3, warmup=0.05)
     average: AverageConfig = AverageConfig()
@@ -149,6 +149,9 @@ def run(config: Config, folder: Path) -> None:
     rows = training_rows(train_tokens, seq=seq, seed=config.seed, packing=config.packing)
     packing: dict[str, Any] = {"batch": config.batch, "seq": seq, "seed": config.seed, "packing": config.packing}
     first_batch = batch_at(train_tokens, 0, **packing)  # a corpus too small for one stops here
+    if config.steps is not None:
+        rows.require(config.steps * config.batch, f"{config.steps} steps of {config.batch} rows")  # and a part that ends early
+    describe_packing(rows)
 
     # Optimizer and step. Moments begin at zero: the text is another.
     optimizer = build_optimizer(config.optimizer)
@@ -191,7 +194,7 @@ def run(config: Config, folder: Path) -> None:
         "mixture": mixture,
         "model": {"model_type": shape.model_type, "parameters": model.n_params, **shape.model_dump()},
         "steps": config.steps,
-        "tokens": config.steps * config.batch * seq,
+        "tokens": rows.pairs_in(config.steps * config.batch),  # padding is none
         "seed": config.seed,
     }
     identity = {name: source.record["sha256"] for name, source in texts.items()} | {"tokenizer": tokenizer.digest, "model": began}

@@ -5,7 +5,7 @@ from typing import Any
 from loguru import logger
 
 from data.cache import TokenCache
-from data.rows import Mixture, OnEnd
+from data.rows import MixedRows, Mixture, OnEnd, Rows
 from data.sources import Source
 from data.tokenizer import Tokenizer
 from train.logs import progress
@@ -51,6 +51,16 @@ def encode_training(source: Source, tokenizer: Tokenizer, on_end: OnEnd) -> Toke
     caches = tuple(encode(part.source.train, tokenizer, part.source, "train") for part in source.parts)
     names, weights = tuple(part.name for part in source.parts), tuple(part.weight for part in source.parts)
     return Mixture(names, caches, weights, on_end)
+
+
+def describe_packing(rows: Rows) -> None:
+    """Say what packing makes of the documents: how many are cut, how much of the rows is padding."""
+    parts = rows.describe() if isinstance(rows, MixedRows) else {"rows": rows.describe()}
+    for name, counts in parts.items():
+        logger.info(
+            f"{name}: {counts['rows']:,} an epoch by {counts['packing']}, {counts['pairs']:,} tokens and {counts['padding']:,} of padding "
+            f"({1 - counts['fill_fraction']:.1%}); {counts['documents_cut']:,} documents are cut"
+        )
 
 
 def describe_mixture(mixture: dict[str, dict[str, float]]) -> None:

@@ -35,7 +35,7 @@ from data.sources import Source, open_source
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from lm.models.qwen3 import Qwen3Config
 from recipes.command_line import claimed, fail, how_to_resume, parse, resumable
-from recipes.corpus import describe_mixture, describe_source, encode, encode_training
+from recipes.corpus import describe_mixture, describe_packing, describe_source, encode, encode_training
 from recipes.report import bits_of, draw_curves, heads, judge_samples, measure, nats_of, one_sample, show, xz_yardsticks
 from recipes.running import (
     ENDS_IN_WORDS,
@@ -85,8 +85,8 @@ class Config(RunConfig):
     batch: int = Field(8, gt=0, description="rows a step; tokens a step = batch x seq")
 
     steps: int | None = resumable(None, ge=1, description="optimizer steps; None: as many as fit into --minutes, measured at the start")
-    minutes: float = Field(8.0, gt=0, description="minutes of training where --steps is not given")
-    max_epochs: float = Field(6.0, gt=0, description="passes over the corpus, at most, where --steps is not given")
+    minutes: float = Field(8.0, gt=0, allow_inf_nan=False, description="minutes of training where --steps is not given")
+    max_epochs: float = Field(6.0, gt=0, allow_inf_nan=False, description="passes over the corpus, at most, where --steps is not given")
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     average: AverageConfig = AverageConfig()
@@ -161,6 +161,9 @@ def run(config: Config, folder: Path) -> None:
     rows = training_rows(train_tokens, seq=config.seq, seed=config.seed, packing=config.packing)
     packing: dict[str, Any] = {"batch": config.batch, "seq": config.seq, "seed": config.seed, "packing": config.packing}
     first_batch = batch_at(train_tokens, 0, **packing)  # a corpus too small for one stops here
+    if config.steps is not None:
+        rows.require(config.steps * config.batch, f"{config.steps} steps of {config.batch} rows")  # and a part that ends early
+    describe_packing(rows)
 
     # Model, optimizer, step.
     model_config = config.model_config_of(tokenizer.vocab_size)
@@ -200,7 +203,7 @@ def run(config: Config, folder: Path) -> None:
         "mixture": rows.realised(config.steps * config.batch),
         "model": {"model_type": model_config.model_type, "parameters": n_params, "trained": n_trained, **model_config.model_dump()},
         "steps": config.steps,
-        "tokens": config.steps * config.batch * config.seq,
+        "tokens": rows.pairs_in(config.steps * config.batch),  # padding is none
         "seed": config.seed,
     }
     describe_mixture(rows.realised(config.steps * config.batch))

@@ -436,11 +436,13 @@ def _everywhere(fine: bool) -> bool:
 
 
 def _quiet_orbax() -> None:
-    """Drop Orbax's notes below the rank of error; other users of absl's logger are not touched."""
+    """Drop Orbax's notes below the rank of error, and its tracebacks; other users of absl's logger are not touched."""
     absl = logging.getLogger("absl")
     if _not_orbax_chatter not in absl.filters:
         absl.addFilter(_not_orbax_chatter)
 
 
 def _not_orbax_chatter(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
+    if f"{os.sep}orbax{os.sep}" not in record.pathname:
+        return True
+    return record.levelno >= logging.ERROR and not record.exc_info  # the exception of a save comes again from `wait`, in words

@@ -77,7 +77,7 @@ class RunLog:
         level = "WARNING" if self._quiet else "INFO"
         _remove_loguru_default()
         self._sinks = [
-            logger.add(self._print, level=level, format=_console_format, diagnose=False),
+            logger.add(self._print, level=level, format=_console_format, diagnose=False, filter=lambda r: "kept_only" not in r["extra"]),
         ]
         if self.folder.resolve() not in _kept:
             self._sinks.append(_keep(self.folder))
@@ -95,7 +95,7 @@ class RunLog:
         self._progress.stop()
         self._print_plain_line()
         if error is not None and kind is not None and not isinstance(error, SystemExit):
-            logger.error("stopped by {}: {}", kind.__name__, error)
+            logger.bind(kept_only=True).error("stopped by {}: {}", kind.__name__, error)  # on the screen it comes from who catches it
         self._file.close()
         for sink in self._sinks:
             logger.remove(sink)

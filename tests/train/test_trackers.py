@@ -96,8 +96,8 @@ except ValueError as error:
 """
     out, _ = run_python(source)
     assert out.strip() == (
-        "tracking with tensorboard, wandb, trackio needs tensorboardX, wandb, trackio, not installed here: "
-        "run `uv sync --extra trackers`, or `pip install 'zmaj-lm[trackers]'`"
+        "tracking with tensorboard, wandb, trackio needs tensorboardX, wandb, trackio, which is not installed: "
+        "run `uv sync --extra trackers`"
     )
 
 
