@@ -15,7 +15,15 @@ from lm.flight import Flight
 from train.debug import GRADIENT, NonFinite, Search, debug_nans
 from train.step import StepConfig, init_state, make_step
 
-SGD = optax.GradientTransformation(lambda params: (), lambda gradient, state, params: (gradient, state))
+
+def gradient_descent(scale=1.0):
+    def update(gradient, state, params, *, learning_rate):
+        return jax.tree.map(lambda g: -learning_rate * (scale * g), gradient), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: (), update)
+
+
+SGD = gradient_descent()
 BATCH = packed_batch()
 
 
@@ -25,8 +33,7 @@ def start(n_layers=1):
 
 def watched(flight=Flight(), ops=lm.REFERENCE, optimizer=SGD):  # noqa: B008
     """A step that leaves its input alive."""
-    step = make_step(optimizer, StepConfig(), flight, ops, jr.key(0))
-    return debug_nans(lambda state, batch, rate: step(jax.tree.map(jnp.copy, state), batch, rate))
+    return debug_nans(make_step(optimizer, StepConfig(), flight, ops, jr.key(0), donate=False))
 
 
 def down_proj(layer):
@@ -51,11 +58,12 @@ def test_a_poisoned_weight_is_named_with_the_operation_it_spoils():
     lines = complaint(watched(), poisoned)
     assert lines[0] == "step 1 is not finite: loss nan, gradient norm nan, learning rate 0.1"
     assert lines[1] == f"  weights not finite before it (1 of {len(jax.tree.leaves(poisoned.trainable))}): blocks/0/mlp/down_proj/weight"
-    assert lines[3] == "  first NaN: given so, in blocks/0/mlp/down_proj/weight"
-    assert lines[4].startswith("  then NaN: dot_general of float32[26, 40] (up to ±")
-    assert lines[4].endswith("blocks/0/mlp/down_proj/weight float32[24, 40] (1 of 960 not finite)")
-    assert lines[5].startswith("    at lm/kernels.py:")
-    assert "jax.lax.dot_general(flat, weight" in lines[5]
+    assert lines[2].startswith("  gradients not finite (12 of 12): embed/weight, ")
+    assert lines[4] == "  first NaN: given so, in blocks/0/mlp/down_proj/weight"
+    assert lines[5].startswith("  then NaN: dot_general of float32[26, 40] (up to ±")
+    assert lines[5].endswith("blocks/0/mlp/down_proj/weight float32[24, 40] (1 of 960 not finite)")
+    assert lines[6].startswith("    at lm/kernels.py:")
+    assert "jax.lax.dot_general(flat, weight" in lines[6]
 
 
 def test_an_overflow_in_a_scan_with_kernels_of_their_own_names_the_layer():
@@ -63,18 +71,18 @@ def test_an_overflow_in_a_scan_with_kernels_of_their_own_names_the_layer():
     huge = eqx.tree_at(down_proj(1), start(n_layers=3), replace_fn=lambda w: w * 2e38)
     lines = complaint(watched(Flight(layers="scan", remat="full"), lm.BACKENDS["cpu"]), huge)
     assert not any("before it" in line for line in lines)
-    assert "dot_general of float32[26, 40]" in lines[1]
-    assert "    at lm/" in lines[2]
-    assert lines[2].endswith("in round 1 (of 0 to 2) of a scan")
+    assert lines[1].startswith("  gradients not finite (30 of 30): ")
+    assert "dot_general of float32[26, 40]" in lines[2]
+    assert "    at lm/" in lines[3]
+    assert lines[3].endswith("in round 1 (of 0 to 2) of a scan")
 
 
 def test_an_update_that_overflows_is_caught_in_its_own_step():
     """Loss and gradient are finite then, and the step would go on with such weights."""
-    loud = optax.GradientTransformation(SGD.init, lambda gradient, state, params: (jax.tree.map(lambda g: 1e4 * g, gradient), state))
-    lines = complaint(watched(optimizer=loud), start(), learning_rate=1e38)
+    lines = complaint(watched(optimizer=gradient_descent(1e4)), start(), learning_rate=1e38)
     assert "loss nan" not in lines[0]
     assert any(line.startswith("  weights not finite after it") for line in lines)
-    assert any(line.startswith("    at train/step.py:") and "learning_rate * d" in line for line in lines)
+    assert any(line.startswith("    at tests/train/test_debug.py:") and "learning_rate * (scale * g)" in line for line in lines)
 
 
 def test_a_step_that_took_its_input_cannot_be_searched_and_says_why():
