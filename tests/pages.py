@@ -121,7 +121,7 @@ def _same(value: Any, said: ast.expr, source: str) -> bool:
 def flags_of(recipe: str) -> set[str]:
     """The flags of a recipe, those of its nested configs by their first part."""
     fields = importlib.import_module(f"recipes.{recipe}").Config.model_fields
-    return {f"--{name.replace('_', '-')}" for name in fields} | {"--help"}
+    return {f"--{name.replace('_', '-')}" for name in fields} | {"--help"} | ({"--config"} if "resume" in fields else set())
 
 
 def unknown_flags(text: str) -> list[str]:
