@@ -56,6 +56,10 @@ def test_the_page_on_training_tells_of_every_number_written(shared):
     elsewhere = {name for name, when in metrics_told().items() if "continue_pretrain" in when or "after 128 finite steps" in when}
     assert metrics_written(folder / "whole") == metrics_told().keys() - elsewhere
     assert elsewhere == {"sigmas", "old_val_loss"}
+    at_each_step = {name for name, when in metrics_told().items() if when.startswith(("always", "each step"))}
+    lines = [json.loads(line) for line in (folder / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert len(at_each_step) > 10
+    assert all(at_each_step <= line.keys() for line in lines if "loss" in line)
 
 
 def test_the_loss_falls_and_bits_per_byte_follow_from_the_exported_model(shared):
