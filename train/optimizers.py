@@ -168,7 +168,7 @@ def schedule_free(config: OptimizerConfig, decay: optax.GradientTransformation) 
 
     def init(params: Any) -> ScheduleFreeState:
         # Copies: the state and the parameters are both given away to each step.
-        return ScheduleFreeState(jax.tree.map(jnp.array, params), direction.init(params), jnp.zeros(()), jnp.asarray(beta))
+        return ScheduleFreeState(jax.tree.map(jnp.array, params), direction.init(params), jnp.zeros(()), jnp.asarray(beta, jnp.float32))
 
     def update(gradients: Any, state: ScheduleFreeState, params: Any = None, *, learning_rate: Any, **_: Any) -> tuple[Any, Any]:
         moves, inner = direction.update(gradients, state.inner, params, learning_rate=learning_rate)

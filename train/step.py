@@ -110,8 +110,11 @@ class TrainState(eqx.Module):
         trained = jax.tree.map(lambda leaf: leaf is not None, self.trainable, is_leaf=lambda leaf: leaf is None)
         trainable, frozen = eqx.partition(items["model"], trained)
         average = None if self.average is None else eqx.filter(items["average"], trained)
-        optimizer = items["optimizer"]
-        return TrainState(trainable, frozen, average, optimizer["state"], jnp.asarray(step, jnp.int32), optimizer["stats"])
+        optimizer, stats = items["optimizer"]["state"], items["optimizer"]["stats"]
+        # Placed as the rest is: what a checkpoint gives is committed to its device, and so is all that the first step makes of it. A number
+        # that is not would have the second step compiled again.
+        done = jax.device_put(jnp.asarray(step, jnp.int32), stats.seen.sharding)
+        return TrainState(trainable, frozen, average, optimizer, done, stats)
 
 
 Metrics = dict[str, Any]

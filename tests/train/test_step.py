@@ -182,6 +182,21 @@ def test_a_state_comes_back_from_what_a_checkpoint_holds(settings):
     assert jax.tree.structure(items["model"]) == jax.tree.structure(small())  # whole, whatever is frozen
 
 
+@pytest.mark.parametrize("settings", [{}, {"frozen": ["embed.*"], "average": True}])
+def test_a_state_from_a_checkpoint_compiles_one_step(settings, caplog):
+    """A checkpoint's arrays are committed to their device, as a fresh state's are not."""
+
+    def fresh():
+        return init_state(small(), ADAMW, **settings)
+
+    items = jax.device_put(copied(fresh().items()), jax.devices()[0])
+    state, step = jax.eval_shape(fresh).with_items(items, 3), step_for(ADAMW)
+    with jax.log_compiles():
+        for _ in range(3):
+            state, _ = step(state, packed_batch(), 0.1, 0.5)
+    assert len([record for record in caplog.records if record.getMessage().startswith("Compiling jit(step) ")]) == 1
+
+
 # ------------------------------------------------------------------------------------------- averages
 
 
