@@ -23,14 +23,6 @@ def in_words(error: ValidationError, name: Any = lambda path: ".".join(map(str, 
     lines = []
     for each in error.errors(include_url=False):
         message = each["msg"].removeprefix("Value error, ")
-        lines.append(f"{name(each['loc'])}: {message} (got {_short(each['input'])})" if each["loc"] else message)
+        got = "" if each["type"] == "missing" else f" (got {each['input']!r})"  # the input then is all that was not missing
+        lines.append(f"{name(each['loc'])}: {message}{got}" if each["loc"] else message)
     return "\n".join(lines)
-
-
-def _short(value: Any) -> str:
-    """A whole config may have come where a field is missing; its beginning will do."""
-    text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]} …"
-
-
-SHOWN = 120  # characters of what came
