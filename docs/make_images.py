@@ -3,13 +3,17 @@
     uv run python docs/make_images.py            all of them, into docs/images/
     uv run python docs/make_images.py rope mlp   some
 
-Those of the model (masks, rope, mlp) and of packing come out the same everywhere. The tokens are those of two tokenizers trained on the
-standard library of the Python that runs this, so they differ a little between Python versions.
+Those of the model (masks, rope, mlp), of packing and of schedules come out the same everywhere. The tokens are those of two tokenizers
+trained on the standard library of the Python that runs this, so they differ a little between Python versions. For update_ratios and
+forgetting a small model is trained on it and then on another text, which takes some minutes.
 """
 
 import sys
+import sysconfig
 import tempfile
+from functools import cache
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +30,12 @@ from data.tokenizer import Tokenizer
 from lm.layers import gelu, gelu_tanh, relu2
 from lm.masks import Facts
 from lm.rope import NTK, LinearScaling, Llama3, Yarn, rotary
-from recipes import train_tokenizer
-from train.pictures import plot_mask
+from recipes import continue_pretrain, pretrain_small, train_tokenizer
+from train.averages import AverageConfig, average_rate
+from train.logs import read_metrics
+from train.optimizers import ScheduleConfig, learning_rate
+from train.pictures import plot_mask, plot_update_ratios
+from train.step import StepConfig
 
 IMAGES = Path(__file__).parent / "images"
 LINES = ("#1b1b1b", "#0072b2", "#e69f00", "#009e73", "#cc3377")  # told apart by the colour-blind, too (after Okabe and Ito)
@@ -49,6 +57,22 @@ ROPE_KINDS = {
 
 PACKED_LENGTHS = (21, 7, 13, 4, 30, 9, 16, 7, 11, 8, 8, 17)  # tokens; one is longer than a row
 PACKED_SEQ = 24
+
+SCHEDULE_STEPS = 1000
+SCHEDULES = {
+    "linear (the default)": ScheduleConfig(peak=1.0),
+    "cosine, final 0.1": ScheduleConfig(shape="cosine", peak=1.0, final=0.1),
+    "wsd, decay 0.2": ScheduleConfig(shape="wsd", peak=1.0),
+    "constant": ScheduleConfig(shape="constant", peak=1.0),
+}
+AVERAGES = {
+    "ema, decay 0.999": AverageConfig(name="ema"),
+    "ema, decay 0.95": AverageConfig(name="ema", decay=0.95),
+    "swa, start 0.75": AverageConfig(name="swa"),
+}
+
+OLD_STEPS, NEW_STEPS, NEW_LOOKS = 400, 80, 8  # of the runs behind update_ratios and forgetting; steps between two looks
+REPLAY_SHARES = (0.0, 0.25)
 
 SNIPPET = '''\
 def bits_per_byte(nats: float, text: str) -> float:
@@ -147,6 +171,75 @@ def tokens(path: Path) -> None:
     train_tokenizer.draw(tokenizers, SNIPPET, path)
 
 
+def schedules(path: Path) -> None:
+    """The shapes of the learning rate, and how far each average of the weights moves towards them."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    steps = range(SCHEDULE_STEPS)
+    for colour, dash, (name, schedule) in zip(LINES[1:], ("-", "-", "-", ":"), SCHEDULES.items(), strict=True):
+        left.plot(steps, [*map(learning_rate(schedule, SCHEDULE_STEPS), steps)], color=colour, linestyle=dash, label=name, linewidth=1.8)
+    left.set(xlabel="step", ylabel="fraction of the peak", ylim=(0, 1.05), title="Learning rate")
+    for colour, (name, average) in zip(LINES[1:], AVERAGES.items(), strict=False):
+        right.plot(steps, [*map(average_rate(average, SCHEDULE_STEPS), steps)], color=colour, label=name, linewidth=1.8)
+    right.set(xlabel="step", yscale="log", title="Share of the newest weights in the average")
+    left.legend(frameon=False, fontsize=9, loc="lower left")
+    right.legend(frameon=False, fontsize=9)
+    _finish(figure, path, left, right)
+
+
+@cache
+def _runs() -> tuple[tempfile.TemporaryDirectory, Path, list[Path]]:
+    """The 1m preset on the top level of the standard library, and gone on with on its manual: without replay, and with it. The folder is
+    there as long as the first of what is returned."""
+    kept = tempfile.TemporaryDirectory()
+    folder = Path(kept.name)
+    for name, texts in (("library", _modules()), ("manual", {f"{topic}.txt": text.encode() for topic, text in topics.items()})):
+        (folder / name).mkdir()
+        for file, content in texts.items():
+            (folder / name / file).write_bytes(content)
+    first = pretrain_small.Config(
+        **pretrain_small.PRESETS["1m"],
+        preset="1m",
+        data=str(folder / "library"),
+        run_dir=folder / "old",
+        steps=OLD_STEPS,
+        step=StepConfig(ratios_every=5),
+        report_samples=0,
+    )
+    pretrain_small.main(first)
+    went_on = []
+    for share in REPLAY_SHARES:
+        settings = {"steps": NEW_STEPS, "validate_every": NEW_LOOKS, "replay_share": share, "run_dir": folder / f"share-{share}"}
+        went_on.append(continue_pretrain.main(continue_pretrain.Config(source=folder / "old", data=str(folder / "manual"), **settings)))
+    return kept, folder / "old", went_on
+
+
+def _modules() -> dict[str, bytes]:
+    library = Path(sysconfig.get_path("stdlib"))
+    return {file.name: file.read_bytes() for file in sorted(library.glob("*.py"))}
+
+
+def update_ratios(path: Path) -> None:
+    """The picture a run leaves: the 1m preset, Muon, the learning rate falling in a line."""
+    plot_update_ratios(_runs()[1] / "metrics.jsonl", path, title=f"1m preset, {OLD_STEPS} steps of Muon, learning rate 5e-3 falling to 0")
+
+
+def forgetting(path: Path) -> None:
+    """Held-out loss on new and old text while a run goes on, for each share of replay."""
+    _, _, folders = _runs()
+    figure, axes = plt.subplots(1, len(folders), figsize=(10, 3.6), sharey=True, layout="constrained")
+    for axis, share, folder in zip(axes, REPLAY_SHARES, folders, strict=True):
+        lines = read_metrics(folder / "metrics.jsonl")
+        for colour, words, name in ((LINES[1], "new text", "val_loss"), (LINES[4], "old text", "old_val_loss")):
+            steps, losses = zip(*((line["step"], line[name]) for line in lines if name in line), strict=True)
+            label = f"{words}: {losses[0]:.2f} before, {losses[-1]:.2f} after"
+            axis.plot(steps, losses, color=colour, marker="o", markersize=3.5, label=label)
+            axis.axhline(losses[0], color=colour, linewidth=0.9, linestyle=":")
+        axis.set(xlabel="step", title=f"replay share {share:g}" if share else "without replay")
+        axis.legend(frameon=False, fontsize=9)
+    axes[0].set_ylabel("held-out loss (nats a token)")
+    _finish(figure, path, *axes)
+
+
 def _finish(figure: plt.Figure, path: Path, *axes: Axes) -> None:
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
@@ -154,7 +247,12 @@ def _finish(figure: plt.Figure, path: Path, *axes: Axes) -> None:
     plt.close(figure)
 
 
-PICTURES = {"masks": masks, "rope": rope, "mlp": mlp, "packing": packing, "tokens": tokens}
+PICTURES = {"masks": masks, "rope": rope, "mlp": mlp, "packing": packing, "schedules": schedules}
+PICTURES |= {
+    "tokens": tokens,
+    "update_ratios": update_ratios,
+    "forgetting": forgetting,
+}  # from runs: slow, and not quite the same everywhere
 
 
 def main(names: list[str]) -> None:

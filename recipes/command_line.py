@@ -111,13 +111,18 @@ def load_config(kind: type[AnyConfig], folder: Path) -> AnyConfig:
 
 
 def read_config(kind: type[AnyConfig], path: Path) -> AnyConfig:
-    """A saved config. What this recipe does not know is an error that names it."""
+    """A saved config.
+
+    **Raises:** `FileNotFoundError`; `ValueError` that names the file and, a line each, what this recipe does not know or misses in it.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: expected a config.json that a run has written")
     try:
         return kind.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON ({error}): expected a config.json that a run has written") from None
+    except ValidationError as error:
+        raise ValueError(f"{path} is not a config of this recipe as it is now:\n{in_words(error, _as_flag)}") from None
 
 
 def latest_run(root: Path, recipe: str) -> Path:

@@ -50,7 +50,7 @@ from recipes.running import (
     ENDS_IN_WORDS,
     RunConfig,
     begin_session,
-    check_folder,
+    check_start,
     choose_flight,
     restore,
     save_config,
@@ -120,7 +120,7 @@ def run(config: Config, folder: Path) -> None:
     """Model, texts, the measure before, loop, the measure after, in this order."""
     device = choose_device(config.device)
     compilation_cache()
-    check_folder(config, folder)
+    check_start(config, folder)
 
     # The model as it was, in fp32 and with the dropout asked for.
     loaded, tokenizer, origin = load(config.source)
@@ -178,8 +178,13 @@ def run(config: Config, folder: Path) -> None:
 
     # Before.
     sizes = {"batch": 2 * config.batch, "seq": seq}
-    logger.info("measuring the model as it is")
-    before = {name: measure(model, token_nats, source, held_out[name], **sizes) for name, source in texts.items()}
+    measured = folder / "before.json"
+    if config.resume and measured.is_file():
+        before = json.loads(measured.read_text(encoding="utf-8"))
+    else:
+        logger.info("measuring the model as it is")
+        before = {name: measure(model, token_nats, source, held_out[name], **sizes) for name, source in texts.items()}
+        write_json(measured, before)
     logger.info("bits per byte before: " + ", ".join(f"{name} text {found['bits_per_byte']:.4f}" for name, found in before.items()))
 
     # What the run is made of, for the record, and what this process runs it with.
@@ -217,9 +222,10 @@ def run(config: Config, folder: Path) -> None:
         manifest["sessions"] = begin_session("continue_pretrain", folder, config, start, session_facts(device, ops, flight, peak))
         write_json(folder / "manifest.json", manifest)
         begin = time.monotonic() - record["train_s"]
+        first = start + 1 if start else 0  # a new run tells of the model as it was, too
         with (
-            trackers_of(config, folder, "continue_pretrain", start) as trackers,
-            RunLog(folder, total_steps=config.steps, start_step=start + 1 if start else 0, trackers=trackers) as log,
+            trackers_of(config, folder, "continue_pretrain", first) as trackers,
+            RunLog(folder, total_steps=config.steps, start_step=first, trackers=trackers) as log,
             train_batches(train_tokens, **packing, start_step=start, stop_step=config.steps) as batches,
             interruptible() as interrupt,
         ):

@@ -41,7 +41,7 @@ from recipes.running import (
     ENDS_IN_WORDS,
     RunConfig,
     begin_session,
-    check_folder,
+    check_start,
     choose_flight,
     restore,
     save_config,
@@ -148,7 +148,7 @@ def run(config: Config, folder: Path) -> None:
     device = choose_device(config.device)
     ops, flight = choose_flight(config, device, n_layers=config.n_layers, head_dim=config.d_model // config.n_heads, seq=config.seq)
     compilation_cache()
-    check_folder(config, folder)
+    check_start(config, folder)
 
     # Corpus, tokenizer, tokens on disk.
     source = open_source(config.data, on_invalid_utf8=config.on_invalid_utf8)
@@ -225,7 +225,7 @@ def run(config: Config, folder: Path) -> None:
         write_json(folder / "manifest.json", manifest)
         begin = time.monotonic() - record["train_s"]
         with (
-            trackers_of(config, folder, "pretrain_small", start) as trackers,
+            trackers_of(config, folder, "pretrain_small", start + 1) as trackers,
             RunLog(folder, total_steps=config.steps, start_step=start + 1, trackers=trackers) as log,
             train_batches(train_tokens, **packing, start_step=start, stop_step=config.steps) as batches,
             interruptible() as interrupt,

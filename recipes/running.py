@@ -30,7 +30,7 @@ from train.loop import SpikeError
 from train.profile import profiled
 from train.runtime import DeviceError, Peak, device_facts, process_settings
 from train.step import TrainState
-from train.trackers import Trackers, open_trackers
+from train.trackers import Trackers, check_trackers, open_trackers
 
 # What ends a run with words instead of a traceback.
 ENDS_IN_WORDS = (ValueError, OSError, CheckpointError, DeviceError, SpikeError, NonFinite)
@@ -110,18 +110,22 @@ def watched(training: Iterator[Any], config: RunConfig, folder: Path) -> Abstrac
     return closing(profiled(training, folder / "profile", first=3, count=config.profile))
 
 
-def trackers_of(config: RunConfig, folder: Path, recipe: str, start: int) -> Trackers:
-    """Those asked for, at the step after `start`."""
+def trackers_of(config: RunConfig, folder: Path, recipe: str, first: int) -> Trackers:
+    """Those asked for; `first` is the first step they will be told."""
     settings = config.model_dump(mode="json", exclude={"resume", "run_dir"})
-    return open_trackers(config.trackers, folder, project=f"zmaj-{recipe}", run_name=folder.name, config=settings, start_step=start + 1)
+    return open_trackers(config.trackers, folder, project=f"zmaj-{recipe}", run_name=folder.name, config=settings, start_step=first)
 
 
 # ------------------------------------------------------------------------------------------- the run folder
 
 
-def check_folder(config: RunConfig, folder: Path) -> None:
-    """A new run needs a folder of its own."""
+def check_start(config: RunConfig, folder: Path) -> None:
+    """What would only come out after minutes: a new run needs a folder of its own, and trackers their packages.
+
+    **Raises:** `ValueError` otherwise, with what to do.
+    """
     logger.info(f"run folder: {folder}")
+    check_trackers(config.trackers)
     if config.resume:
         return
     if (folder / CONFIG_FILE).exists():

@@ -11,6 +11,7 @@ import ast
 import contextlib
 import importlib
 import io
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 ARROW = re.compile(r"\s# → (.*?)(?:; .*)?$")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
 RECIPE = re.compile(r"-m recipes\.(\w+)")
-TOOLS_FLAGS = {"--extra", "--python", "--fix", "--upgrade-package", "--locked", "--frozen"}  # of uv and ruff
+TOOLS_FLAGS = {"--extra", "--python", "--fix", "--upgrade-package", "--locked", "--frozen", "--logdir"}  # of uv, ruff and tensorboard
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,9 @@ def _same(value: Any, said: ast.expr, source: str) -> bool:
 
 def flags_of(recipe: str) -> set[str]:
     """The flags of a recipe, those of its nested configs by their first part."""
-    fields = importlib.import_module(f"recipes.{recipe}").Config.model_fields
-    return {f"--{name.replace('_', '-')}" for name in fields} | {"--help"} | ({"--config"} if "resume" in fields else set())
+    module = importlib.import_module(f"recipes.{recipe}")
+    parsed = {"--config"} if hasattr(module, "parse") else set()  # `recipes.command_line.parse` knows it beside the fields
+    return {f"--{name.replace('_', '-')}" for name in module.Config.model_fields} | {"--help"} | parsed
 
 
 def unknown_flags(text: str) -> list[str]:
@@ -134,6 +136,25 @@ def unknown_flags(text: str) -> list[str]:
             command = line[named.end() :].partition(" # ")[0]
             unknown += [f"{flag} of {named[1]}" for flag in FLAG.findall(command) if flag not in flags_of(named[1])]
     return unknown
+
+
+def rows_of(page: Path, heading: str) -> list[list[str]]:
+    """The cells of the tables of one section, without their heads and rules."""
+    section = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert section is not None, f"{page.name} has no heading {heading!r}"
+    lines = re.findall(r"^\| (.+) \|$", section[1], re.MULTILINE)
+    return [re.split(r" ?\| ?", line) for line in lines if line.startswith("`")]
+
+
+def metrics_told() -> dict[str, str]:
+    """The fields of a `metrics.jsonl` that the page on training tells of, and when it says they are there."""
+    return {name.strip("`"): when for name, *_, when in rows_of(ROOT / "docs" / "training.md", "metrics.jsonl")}
+
+
+def metrics_written(run: Path) -> set[str]:
+    """The fields in the `metrics.jsonl` of a run, `ROLE` for each role."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return {re.sub("^update_ratio/.*", "update_ratio/ROLE", name) for line in lines for name in json.loads(line)}
 
 
 def prose(page: Path) -> str:

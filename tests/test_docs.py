@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pages import ROOT, Cell, agrees, blocks, cells, missing_links, run, unknown_flags
+from pages import ROOT, Cell, agrees, blocks, cells, missing_links, rows_of, run, unknown_flags
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -41,11 +41,12 @@ def messages_of(package: str) -> list[str]:
     return found
 
 
-def test_the_errors_that_the_data_page_explains_are_those_of_the_code() -> None:
-    text = (DOCS / "data.md").read_text(encoding="utf-8")
-    explained = re.findall(r"^\| `(.+?)` \|", text.partition("## Errors")[2], re.MULTILINE)
+@pytest.mark.parametrize(("page", "packages"), [("data", ["data"]), ("training", ["lm", "train", "recipes"])])
+def test_the_errors_that_a_page_explains_are_those_of_the_code(page: str, packages: list[str]) -> None:
+    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    explained = [row[0].strip("`") for row in rows_of(DOCS / f"{page}.md", "Errors")]
     assert len(explained) == text.partition("## Errors")[2].count("\n| ") - 1 > 10  # every row of the table but its head
-    messages = messages_of("data")
+    messages = [message for package in packages for message in messages_of(package)]
     assert not [words for words in explained if not any(words in message for message in messages)]
 
 
@@ -66,9 +67,9 @@ def test_pictures_are_there_small_and_used(pictures) -> None:
     assert {path.name for path in (DOCS / "images").iterdir()} == shown
 
 
-@pytest.mark.parametrize("name", ["masks", "mlp", "packing", "rope"])
+@pytest.mark.parametrize("name", ["masks", "mlp", "packing", "rope", "schedules"])
 def test_a_picture_can_be_drawn(name: str, pictures, tmp_path) -> None:
-    """All but that of the tokens, which trains two tokenizers on the standard library."""
+    """All but those for which something is trained on the standard library: tokenizers, models."""
     pictures[name](tmp_path / "it.png")
     assert (tmp_path / "it.png").read_bytes().startswith(b"\x89PNG")
 

@@ -81,7 +81,8 @@ def _warn(metrics: dict[str, float], before: dict[str, float], describe: Callabl
     step = int(metrics["step"])
     if metrics["skipped"] > before["skipped"]:
         number = f"step {metrics['skipped']} of this kind"
-        logger.warning(f"step {step}: loss or gradient is not finite; nothing was changed ({number}); {describe(step - 1)}")
+        why = "loss or gradient is not finite" if metrics["tokens"] else "no token of its batch carries loss"
+        logger.warning(f"step {step}: {why}; nothing was changed ({number}); {describe(step - 1)}")
     if metrics["spikes"] > before["spikes"]:
         logger.warning(f"step {step}: {_spike(metrics)} (jump {metrics['spikes']} of this run); {describe(step - 1)}")
 

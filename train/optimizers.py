@@ -47,6 +47,8 @@ class OptimizerConfig(Settings):
         for name in ("learning_rate_of", "weight_decay_of"):
             if bad := {pattern: number for pattern, number in getattr(self, name).items() if not 0 <= number < math.inf}:
                 raise ValueError(f"{name} must be 0 or more for each role, got {bad}")
+        if self.name == "schedule_free" and self.beta1 == 0:
+            raise ValueError("schedule_free needs beta1 above 0: the average could not be found from the weights")
         return self
 
 
@@ -54,8 +56,8 @@ def build_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtr
     """Gradients in, updates out, to be added to the parameters: `update(gradients, state, params, learning_rate=rate)`.
 
     adamw: Loshchilov and Hutter 2019 (arXiv:1711.05101). muon: see `scale_by_muon`. lion: Chen et al. 2023 (arXiv:2302.06675), its signs
-    times 0.2. adafactor: Shazeer and Stern 2018 (arXiv:1804.04235): second moments of matrices kept as a row and a column, updates clipped
-    to root mean square 1, then times 0.2; no first moment, no relative step size. schedule_free: see there.
+    times 0.2. adafactor: Shazeer and Stern 2018 (arXiv:1804.04235): second moments of matrices of 128 and more kept as a row and a
+    column, updates clipped to root mean square 1, then times 0.2; no first moment, no relative step size. schedule_free: see there.
     """
     decay = add_decay(config.weight_decay, config.weight_decay_of)
     if config.name == "schedule_free":
@@ -158,17 +160,16 @@ def schedule_free(config: OptimizerConfig, decay: optax.GradientTransformation) 
 
     The parameters trained are y = (1 - β) z + β x: z takes AdamW's steps without a first moment, x is the average of all z weighted by γ²,
     the squared learning rate. x is what is evaluated and exported (`averaged_by_optimizer`); it is not stored but found from y and z, so
-    the memory is AdamW's.
+    the memory is AdamW's. The bias of the second moment is corrected there, as in AdamW; the paper has that factor in γ, and so, other than
+    here, also in the decay and the weights of the average.
     """
     beta = config.beta1
-    if beta == 0:
-        raise ValueError("schedule_free needs beta1 above 0: the average could not be found from the weights")
     second_moment = optax.scale_by_rms(config.beta2, config.eps, eps_in_sqrt=False, bias_correction=True)
     direction = optax.chain(second_moment, decay, times_learning_rate(config.learning_rate_of))
 
     def init(params: Any) -> ScheduleFreeState:
         # Copies: the state and the parameters are both given away to each step.
-        return ScheduleFreeState(jax.tree.map(jnp.array, params), direction.init(params), jnp.zeros(()), jnp.asarray(beta))
+        return ScheduleFreeState(jax.tree.map(jnp.array, params), direction.init(params), jnp.zeros(()), jnp.asarray(beta, jnp.float32))
 
     def update(gradients: Any, state: ScheduleFreeState, params: Any = None, *, learning_rate: Any, **_: Any) -> tuple[Any, Any]:
         moves, inner = direction.update(gradients, state.inner, params, learning_rate=learning_rate)

@@ -46,8 +46,8 @@ def plot_mask(facts: Facts, path: str | os.PathLike[str], *, window: int | None 
 
 
 def plot_update_ratios(metrics_path: str | os.PathLike[str], png_path: str | os.PathLike[str], *, title: str) -> Path | None:
-    """Draw how long each role's updates were beside its weights, over the run (`update_ratio/ROLE` in a `metrics.jsonl`). Lines near 1e-3
-    are healthy. `None`, and no picture, where nothing was measured."""
+    """Draw how long each role's updates were beside its weights, over the run (`update_ratio/ROLE` in a `metrics.jsonl`). The dashed
+    line, 1e-3, is what AdamW usually comes to; Muon begins far above. `None`, and no picture, where nothing was measured."""
     lines = [line for line in read_metrics(metrics_path) if any(name.startswith(RATIO) for name in line)]
     roles = sorted({name for line in lines for name in line if name.startswith(RATIO)})
     if not roles:
@@ -57,7 +57,7 @@ def plot_update_ratios(metrics_path: str | os.PathLike[str], png_path: str | os.
     for i, name in enumerate(roles):
         points = [(line["step"], line[name]) for line in lines if line.get(name, 0) > 0]
         axes.plot(*zip(*points, strict=True) if points else ([], []), label=name.removeprefix(RATIO), linewidth=1.1, color=colours(i % 20))
-    axes.axhline(1e-3, color="black", linestyle="--", linewidth=1.0, label="1e-3")
+    axes.axhline(1e-3, color="black", linestyle="--", linewidth=1.0, label="1e-3 (AdamW's usual)")
     axes.set(yscale="log", xlabel="step", ylabel="length of update / length of weights", title=title)
     axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     axes.grid(alpha=0.3)

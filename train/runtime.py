@@ -418,7 +418,8 @@ def compilation_cache(folder: Path | None = None) -> Path:
     """Keep compiled programs for the next run; returns where.
 
     By default under `cache_root()/jit`, in a folder for this kind of processor: a home directory is often shared by
-    unlike machines, and a program compiled for one may hold instructions the other lacks."""
+    unlike machines, and a program compiled for one may hold instructions the other lacks. Small programs are kept, too, unless the user's
+    environment says from how many seconds on: a run has dozens of them, which together take seconds."""
     import jax
 
     if folder is None:
@@ -426,6 +427,8 @@ def compilation_cache(folder: Path | None = None) -> Path:
         folder = cache_root() / "jit" / f"{platform.machine()}-{kind}"
     folder.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return folder
 
 

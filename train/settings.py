@@ -23,5 +23,6 @@ def in_words(error: ValidationError, name: Any = lambda path: ".".join(map(str, 
     lines = []
     for each in error.errors(include_url=False):
         message = each["msg"].removeprefix("Value error, ")
-        lines.append(f"{name(each['loc'])}: {message} (got {each['input']!r})" if each["loc"] else message)
+        got = "" if each["type"] == "missing" else f" (got {each['input']!r})"  # the input then is all that was not missing
+        lines.append(f"{name(each['loc'])}: {message}{got}" if each["loc"] else message)
     return "\n".join(lines)

@@ -45,10 +45,10 @@ class StepConfig(Settings):
 class Stats(eqx.Module):
     """What a run remembers of its steps to judge the next one."""
 
-    skipped: Int[Array, ""]  # steps that changed nothing because loss or gradient was not finite
+    skipped: Int[Array, ""]  # steps that changed nothing: loss or gradient was not finite, or no token carried loss
     spikes: Int[Array, ""]  # steps whose loss or gradient norm jumped
-    seen: Int[Array, ""]  # finite steps
-    losses: Float[Array, " window"]  # of the last finite steps, in a ring
+    seen: Int[Array, ""]  # other steps
+    losses: Float[Array, " window"]  # of the last of these, in a ring
     grad_norms: Float[Array, " window"]
 
     @staticmethod
@@ -110,8 +110,11 @@ class TrainState(eqx.Module):
         trained = jax.tree.map(lambda leaf: leaf is not None, self.trainable, is_leaf=lambda leaf: leaf is None)
         trainable, frozen = eqx.partition(items["model"], trained)
         average = None if self.average is None else eqx.filter(items["average"], trained)
-        optimizer = items["optimizer"]
-        return TrainState(trainable, frozen, average, optimizer["state"], jnp.asarray(step, jnp.int32), optimizer["stats"])
+        optimizer, stats = items["optimizer"]["state"], items["optimizer"]["stats"]
+        # Placed as the rest is: what a checkpoint gives is committed to its device, and so is all that the first step makes of it. A number
+        # that is not would have the second step compiled again.
+        done = jax.device_put(jnp.asarray(step, jnp.int32), stats.seen.sharding)
+        return TrainState(trainable, frozen, average, optimizer, done, stats)
 
 
 Metrics = dict[str, Any]
@@ -200,7 +203,7 @@ def make_step(
 
         mean_loss = loss.cross_entropy / count
         sigmas = state.stats.sigmas(mean_loss, norm)
-        finite = jnp.isfinite(loss.total) & jnp.isfinite(norm)
+        finite = jnp.isfinite(loss.total) & jnp.isfinite(norm) & (loss.count > 0)
         spike = finite & (sigmas > config.spike_sigmas)
         taken = finite if config.on_spike == "warn" else finite & ~spike
 
@@ -219,7 +222,9 @@ def make_step(
         metrics |= {"sigmas": sigmas}
         if config.ratios_every:
             due = (state.step + 1) % config.ratios_every == 0
-            metrics["update_ratio"] = jax.lax.cond(due, update_ratios, no_ratios, updates, state.trainable)
+            # Measured at every step, which costs nothing that shows: a `cond` would keep a copy of the weights for it.
+            ratios = update_ratios(updates, state.trainable)
+            metrics["update_ratio"] = {name: jnp.where(due, ratio, jnp.nan) for name, ratio in ratios.items()}
         return TrainState(trainable, None, average, optimizer_state, state.step + 1, stats), metrics
 
     # What is frozen is not donated: it is needed again.
@@ -247,8 +252,8 @@ class CompiledStep:
 
 
 def update_ratios(updates: Any, weights: Any) -> dict[str, Array]:
-    """For each role, over all layers: the length of the update over that of the weights. Around 1e-3 is healthy; far less learns nothing,
-    far more is about to break."""
+    """For each role, over all layers: the length of the update over that of the weights. With AdamW around 1e-3 is usual; Muon begins far
+    above. What is far from its usual learns nothing, or is about to break."""
 
     def lengths(tree: Any) -> dict[str, Array]:
         squares: dict[str, Array] = {}
@@ -258,11 +263,6 @@ def update_ratios(updates: Any, weights: Any) -> dict[str, Array]:
 
     of_weights = lengths(weights)
     return {name: length / of_weights[name] for name, length in lengths(updates).items()}
-
-
-def no_ratios(updates: Any, weights: Any) -> dict[str, Array]:
-    """The same roles, not measured."""
-    return {role(path): jnp.full((), jnp.nan) for path in leaves_by_path(updates)}
 
 
 def make_token_nats(flight: Flight, ops: Ops, chunk: int = 1024) -> Callable[[AbstractLM, Batch], Float[Array, "batch seq"]]:

@@ -88,7 +88,23 @@ def open_trackers(
     - `folder`: of the run.
     - `project`, `run_name`: what W&B and trackio file the run under. A resumed run keeps those it began with.
     - `config`: numbers, strings, lists and dictionaries (as from `model_dump(mode="json")`), shown beside the curves.
-    - `start_step`: the first step this process will log: after restoring step n, n + 1.
+    - `start_step`: the first step this process will log: after restoring step n, n + 1; 0 if what was before the first step is logged.
+
+    **Raises:** `ValueError`, see `check_trackers`.
+    """
+    check_trackers(names)
+    folder.mkdir(parents=True, exist_ok=True)
+    opened: list[Tracker] = []
+    with ExitStack() as undo:
+        for name in names:
+            opened.append(_OPEN[name](folder, project, run_name, dict(config), start_step))
+            undo.callback(opened[-1].close, True)  # if a later one cannot be opened
+        undo.pop_all()
+    return Trackers(opened)
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """That all of them can be opened, as far as this is known without opening them.
 
     **Raises:** `ValueError` for a name that is none of `TRACKERS`, and for packages that are not installed, with the command to run.
     """
@@ -99,14 +115,6 @@ def open_trackers(
     if missing:
         packages = ", ".join(_PACKAGES[name] for name in missing)
         raise ValueError(f"tracking with {', '.join(missing)} needs {packages}, which is not installed: run `uv sync --extra trackers`")
-    folder.mkdir(parents=True, exist_ok=True)
-    opened: list[Tracker] = []
-    with ExitStack() as undo:
-        for name in names:
-            opened.append(_OPEN[name](folder, project, run_name, dict(config), start_step))
-            undo.callback(opened[-1].close, True)  # if a later one cannot be opened
-        undo.pop_all()
-    return Trackers(opened)
 
 
 # -------------------------------------------------------------------------------------------------------------- TensorBoard
@@ -150,7 +158,7 @@ class _Memory:
         self._path, self._name = folder / MEMORY, name
         kept = self._all()
         self.resumed = name in kept
-        self.values: dict[str, Any] = kept[name] if self.resumed else {**new, "last_step": 0}
+        self.values: dict[str, Any] = kept[name] if self.resumed else {**new, "last_step": -1}
         self.first = max(start_step, self.values["last_step"] + 1)
         if self.first > start_step:
             logger.info(f"{name}: steps {start_step} to {self.first - 1} were logged before the run stopped and are not logged again")

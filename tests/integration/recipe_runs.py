@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -18,7 +19,10 @@ SMALL = [
 def environment(cache: Path) -> dict[str, str]:
     """The user's, without what the tests set, and with caches of their own."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "GLIBC_", "ZMAJ_", "PYTEST_"))}
-    return kept | {"ZMAJ_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu"}
+    kept |= {"ZMAJ_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu"}
+    if kept.pop("PYTHONDONTWRITEBYTECODE", ""):  # else each run compiles some 2,000 modules anew; where they lie nothing is written
+        kept["PYTHONPYCACHEPREFIX"] = str(Path(tempfile.gettempdir()) / f"zmaj-tests-bytecode-{os.getuid()}")
+    return kept
 
 
 def start(arguments: list[str], cache: Path, recipe: str = "pretrain_small") -> subprocess.Popen:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from integration.recipe_runs import corpus
 from loguru import logger
+from pages import metrics_told, metrics_written
 from tiny import tiny
 
 import lm
@@ -47,6 +48,7 @@ def go_on(texts, run_dir, **changes):
         "dropout": 0.1,
     }
     settings |= {"replay_share": 0.25, "average": {"name": "ema", "decay": 0.7}, "seq": 48, "validate_rows": 16, "backend": "reference"}
+    settings |= {"step": {"ratios_every": 3}}
     settings |= {"schedule": {"peak": 0.01}, "packing": "best_fit"} | changes
     said = []
     config = Config(source=texts / "model", data=str(texts / "new"), run_dir=run_dir, **settings)
@@ -86,6 +88,12 @@ def test_the_new_text_is_learned_and_what_is_forgotten_is_measured(run):
     looks = [line for line in lines(folder) if "old_val_loss" in line]
     assert [line["step"] for line in looks] == [0, 3, 6]
     assert (folder / "forgetting.png").stat().st_size > 10_000
+
+
+def test_the_page_on_training_tells_of_every_number_written(run):
+    folder, _ = run
+    elsewhere = {name for name, when in metrics_told().items() if "pretrain_small" in when or "after 128 finite steps" in when}
+    assert metrics_written(folder) == metrics_told().keys() - elsewhere
 
 
 def test_the_export_is_the_average_and_measures_what_the_report_says(run, texts):

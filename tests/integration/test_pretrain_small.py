@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 from integration.recipe_runs import SMALL, corpus, finish, run, start
+from pages import metrics_told, metrics_written
 from safetensors.numpy import load_file
 
 import lm
@@ -48,6 +49,17 @@ def test_the_run_folder_holds_all_that_was_promised(shared):
     for words in ("bits per byte", "tokens/s", "MFU", "xz -9"):
         assert words in output
     assert str(folder) not in (whole / "export" / "README.md").read_text()
+
+
+def test_the_page_on_training_tells_of_every_number_written(shared):
+    folder, _, _ = shared
+    elsewhere = {name for name, when in metrics_told().items() if "continue_pretrain" in when or "after 128 finite steps" in when}
+    assert metrics_written(folder / "whole") == metrics_told().keys() - elsewhere
+    assert elsewhere == {"sigmas", "old_val_loss"}
+    at_each_step = {name for name, when in metrics_told().items() if when.startswith(("always", "each step"))}
+    lines = [json.loads(line) for line in (folder / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert len(at_each_step) > 10
+    assert all(at_each_step <= line.keys() for line in lines if "loss" in line)
 
 
 def test_the_loss_falls_and_bits_per_byte_follow_from_the_exported_model(shared):

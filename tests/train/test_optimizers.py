@@ -209,6 +209,11 @@ def test_schedule_free_is_the_paper_s_written_out_and_its_average_is_that_of_z()
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) <= 2 * 20 + 3  # AdamW's memory, and three numbers
 
 
+def test_schedule_free_without_an_average_is_refused_with_the_settings():
+    with pytest.raises(ValueError, match="schedule_free needs beta1 above 0"):
+        OptimizerConfig(name="schedule_free", beta1=0)
+
+
 def test_schedule_free_at_rate_0_stays_where_it_is():
     start, gradients = some_gradients((5, 4), 2)
     seen, _, _ = course(OptimizerConfig(name="schedule_free", weight_decay=0.1), start, gradients, [0.0, 0.0])

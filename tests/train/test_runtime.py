@@ -292,11 +292,19 @@ def test_cache_follows_its_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert cache_root() == Path.home() / ".cache/zmaj-lm"
     monkeypatch.setenv("ZMAJ_CACHE_DIR", str(tmp_path))
     before = jax.config.jax_compilation_cache_dir
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
+    monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", raising=False)
     try:
         folder = compilation_cache()
+        assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
         assert folder.parent == tmp_path / "jit"
         assert folder.is_dir()
         assert compilation_cache(tmp_path / "mine") == tmp_path / "mine"
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "mine")
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 7.0)
+        monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "7")
+        compilation_cache()
+        assert jax.config.jax_persistent_cache_min_compile_time_secs == 7
     finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
         jax.config.update("jax_compilation_cache_dir", before)

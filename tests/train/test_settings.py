@@ -21,6 +21,15 @@ def test_mistakes_are_a_line_each_with_what_came() -> None:
     ]
 
 
+def test_what_is_missing_is_named_alone() -> None:
+    class Source(Settings, frozen=True, extra="forbid"):
+        place: str
+        seed: int = 0
+
+    with pytest.raises(ValueError, match=r"^place: Field required$"):
+        Source(seed=3)
+
+
 def test_settings_within_settings_survive_json_and_name_their_place() -> None:
     class Whole(Settings, frozen=True, extra="forbid"):
         rates: Rates = Rates()

@@ -130,6 +130,16 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_does():
     assert not np.array_equal(state.trainable.embed.weight, expected.optimizer[0].mu.embed.weight)
 
 
+def test_a_batch_without_a_token_to_learn_from_changes_nothing_and_is_counted():
+    empty = packed_batch()
+    empty.loss_weights[:] = 0.0
+    state, _ = step_for(ADAMW)(init_state(small(), ADAMW), packed_batch(), 0.1)
+    before = copied(state)
+    state, metrics = step_for(ADAMW)(state, empty, 0.1)
+    assert_same((state.trainable, state.optimizer), (before.trainable, before.optimizer))
+    assert (int(metrics["skipped"]), float(metrics["tokens"]), int(state.stats.seen)) == (1, 0.0, 1)
+
+
 def test_a_weight_that_is_not_finite_is_left_as_it_is():
     broken = eqx.tree_at(lambda m: m.blocks[0].mlp.up_proj.weight, small(), replace_fn=lambda w: w.at[2, 3].set(jnp.inf))
     before = copied(broken)
@@ -180,6 +190,21 @@ def test_a_state_comes_back_from_what_a_checkpoint_holds(settings):
     assert jax.tree.structure(back) == jax.tree.structure(state)
     assert_same(back, state)
     assert jax.tree.structure(items["model"]) == jax.tree.structure(small())  # whole, whatever is frozen
+
+
+@pytest.mark.parametrize("settings", [{}, {"frozen": ["embed.*"], "average": True}])
+def test_a_state_from_a_checkpoint_compiles_one_step(settings, caplog):
+    """A checkpoint's arrays are committed to their device, as a fresh state's are not."""
+
+    def fresh():
+        return init_state(small(), ADAMW, **settings)
+
+    items = jax.device_put(copied(fresh().items()), jax.devices()[0])
+    state, step = jax.eval_shape(fresh).with_items(items, 3), step_for(ADAMW)
+    with jax.log_compiles():
+        for _ in range(3):
+            state, _ = step(state, packed_batch(), 0.1, 0.5)
+    assert len([record for record in caplog.records if record.getMessage().startswith("Compiling jit(step) ")]) == 1
 
 
 # ------------------------------------------------------------------------------------------- averages

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from train.trackers import Trackers, open_trackers
+from train.trackers import Trackers, _Memory, open_trackers
 
 ROOT = Path(__file__).parent.parent.parent
 NAMED = {"project": "zmaj", "run_name": "tuesday", "config": {"d_model": 24, "schedule": {"kind": "wsd"}}}
@@ -251,6 +251,14 @@ def test_steps_that_are_not_told_again_are_counted_in_words(tmp_path):
     (tmp_path / "trackers.json").write_text('{"wandb": {"id": "abc", "project": "zmaj", "run_name": "tuesday", "last_step": 5}}')
     _, err = run_python(OPEN_AND_CLOSE.format(folder=str(tmp_path), named=NAMED))
     assert "wandb: steps 3 to 5 were logged before the run stopped and are not logged again\n" in err
+
+
+def test_a_new_run_may_tell_of_step_0(tmp_path):
+    memory = _Memory(tmp_path, "wandb", 0, {})
+    assert memory.is_new(0)
+    memory.told(0)
+    resumed = _Memory(tmp_path, "wandb", 0, {})
+    assert (resumed.is_new(0), resumed.is_new(1)) == (False, True)
 
 
 def test_wandb_without_an_account_says_how_to_do_without(tmp_path):
