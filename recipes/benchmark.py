@@ -85,7 +85,7 @@ class Worker:
 
     def __init__(self, command: Sequence[str], environ: dict[str, str]) -> None:
         self.command = command
-        self.words = tempfile.TemporaryFile("w+")  # what it says on stderr: a pipe nobody reads would fill up
+        self.words = tempfile.TemporaryFile("w+")  # noqa: SIM115  # what it says on stderr: a pipe nobody reads would fill up
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.words, text=True
         )
@@ -196,6 +196,7 @@ def measure_train(config: Config, figures: dict[str, Any]) -> None:
             "first_s_cached": facts["first_s"],
             "argument_bytes": facts["argument_bytes"],
             "temp_bytes": facts["temp_bytes"],
+            "products_outside": len(facts["products_outside"]),
             "peak_rss_bytes": max(answer["peak_rss_bytes"] for answer in answers["ours"]),
             "share_of_peak": flops / median / figures["machine"]["matmul_flops_per_s"],
         }

@@ -5,6 +5,7 @@ stdin, it does one round and answers with a line of JSON. So two processes can b
 """
 
 import json
+import re
 import resource
 import sys
 import time
@@ -97,13 +98,31 @@ def train(spec: dict[str, Any]) -> tuple[Round, dict[str, Any]]:
 
     n_params = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
     facts = {"n_params": n_params, "first_s": first_s, "loss": float(metrics["loss"])}
-    return one_round, facts | memory_of(step, state, batch)
+    return one_round, facts | program_of(step, state, batch)
 
 
-def memory_of(step: Any, state: Any, batch: Batch) -> dict[str, Any]:
-    """Bytes of the compiled step, as the compiler counts them."""
-    found = step.lower(state, batch).compile().memory_analysis()
-    return {"argument_bytes": found.argument_size_in_bytes, "temp_bytes": found.temp_size_in_bytes}
+def program_of(step: Any, state: Any, batch: Batch) -> dict[str, Any]:
+    """Bytes of the compiled step, as the compiler counts them, and its matrix products."""
+    compiled = step.lower(state, batch).compile()
+    found = compiled.memory_analysis()
+    products, outside = products_outside(compiled.as_text())
+    memory = {"argument_bytes": found.argument_size_in_bytes, "temp_bytes": found.temp_size_in_bytes}
+    return memory | {"products": products, "products_outside": outside}
+
+
+def products_outside(program: str) -> tuple[int, list[str]]:
+    """How many matrix products a compiled program for the CPU holds, and the shapes of those that XLA does not hand to its fast library
+    (YNNPACK), as HLO writes them."""
+    fast = set(re.findall(r"calls=%([\w.-]+),.*__ynn_fusion", program))
+    inside, products, outside = "", 0, []
+    for line in program.splitlines():
+        if line.endswith("{"):
+            inside = line.removeprefix("ENTRY ").split(" ")[0].lstrip("%")
+        elif found := re.search(r"= (\S+?)(?:\{[\d,]*\})? dot\(", line):
+            products += 1
+            if inside not in fast:
+                outside.append(found[1])
+    return products, outside
 
 
 def main(spec: dict[str, Any]) -> None:

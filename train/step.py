@@ -248,7 +248,8 @@ class CompiledStep:
     def lower(self, state: TrainState, batch: Batch) -> Any:
         """The program for a state and a batch, which may be abstract (`jax.ShapeDtypeStruct`), not yet compiled: a `jax.stages.Lowered`."""
         rate = jax.ShapeDtypeStruct((), jnp.float32)
-        return self.jitted.lower(replace(state, frozen=None), state.frozen, batch, rate, rate)
+        changing = eqx.tree_at(lambda s: s.frozen, state, None)  # `replace` would check that its arrays are arrays
+        return self.jitted.lower(changing, state.frozen, batch, rate, rate)
 
 
 def update_ratios(updates: Any, weights: Any) -> dict[str, Array]:
