@@ -1,7 +1,7 @@
 """One optimizer step: micro-batches, gradient, clipping, update, and what is said about it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import equinox as eqx
@@ -228,16 +228,28 @@ def make_step(
         return TrainState(trainable, None, average, optimizer_state, state.step + 1, stats), metrics
 
     # What is frozen is not donated: it is needed again.
-    compiled = jax.jit(step, donate_argnums=0 if donate else ())
+    return CompiledStep(jax.jit(step, donate_argnums=0 if donate else ()), config.micro_batches)
 
-    def checked(state: TrainState, batch: Batch, learning_rate: float, average_rate: float = 0.0) -> tuple[TrainState, Metrics]:
-        if batch.tokens.shape[0] % config.micro_batches:
-            raise ValueError(f"batch ({batch.tokens.shape[0]} rows) must be a multiple of micro_batches ({config.micro_batches})")
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """What `make_step` gives: a function, with a way to look at its program."""
+
+    jitted: Any  # (changing state, frozen, batch, learning rate, average rate) → (changing state, metrics)
+    micro_batches: int
+
+    def __call__(self, state: TrainState, batch: Batch, learning_rate: float, average_rate: float = 0.0) -> tuple[TrainState, Metrics]:
+        if batch.tokens.shape[0] % self.micro_batches:
+            raise ValueError(f"batch ({batch.tokens.shape[0]} rows) must be a multiple of micro_batches ({self.micro_batches})")
         rates = jnp.asarray(learning_rate, jnp.float32), jnp.asarray(average_rate, jnp.float32)
-        done, metrics = compiled(replace(state, frozen=None), state.frozen, batch, *rates)
+        done, metrics = self.jitted(replace(state, frozen=None), state.frozen, batch, *rates)
         return replace(done, frozen=state.frozen), metrics
 
-    return checked
+    def lower(self, state: TrainState, batch: Batch) -> Any:
+        """The program for a state and a batch, which may be abstract (`jax.ShapeDtypeStruct`), not yet compiled: a `jax.stages.Lowered`."""
+        rate = jax.ShapeDtypeStruct((), jnp.float32)
+        changing = eqx.tree_at(lambda s: s.frozen, state, None)  # `replace` would check that its arrays are arrays
+        return self.jitted.lower(changing, state.frozen, batch, rate, rate)
 
 
 def update_ratios(updates: Any, weights: Any) -> dict[str, Array]:

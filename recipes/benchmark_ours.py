@@ -1,0 +1,144 @@
+"""A process of `recipes.benchmark` that does one thing with this project, a round at a time.
+
+It is told what on its command line (JSON), builds it, and says so in a line of JSON with what it found on the way; then, for each line on
+stdin, it does one round and answers with a line of JSON. So two processes can be timed in turn, A B A B, each in an environment of its own.
+"""
+
+import json
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+import lm
+from data.pipeline import Batch
+from lm import kernels
+from lm.flight import Flight
+from lm.models.llama import LlamaConfig
+from train.optimizers import OptimizerConfig, build_optimizer
+from train.runtime import compilation_cache, process_settings
+from train.step import StepConfig, init_state, make_step
+
+Round = Callable[[], dict[str, Any]]
+
+# What the `cpu` backend does its own way, piece by piece: for each, the table without it.
+PIECES: dict[str, dict[str, Any]] = {
+    "weight_gradient": {"linear": kernels.linear, "weight_gradient": kernels.weight_gradient},
+    "attention": {"attention": kernels._jax_nn_attention("xla")},
+    "layout": {"rms_norm": kernels.rms_norm, "rotate": kernels.rotate},
+}
+
+
+def ops_without(backend: str, pieces: list[str]) -> lm.Ops:
+    """A backend with some of its pieces taken from the reference."""
+    ops = lm.BACKENDS[backend]
+    for piece in pieces:
+        ops = replace(ops, name=f"{ops.name} without {piece}", **PIECES[piece])
+    return ops
+
+
+def batch_of(rows: int, seq: int, vocab: int) -> Batch:
+    """Random tokens in rows of three documents, so that segments matter."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, vocab, (rows, seq + 1)).astype(np.int32)
+    cuts = np.sort(rng.integers(1, seq, (rows, 2)), axis=1)
+    places = np.arange(seq, dtype=np.int32)
+    segments = 1 + (places >= cuts[:, :1]).astype(np.int32) + (places >= cuts[:, 1:])
+    starts = np.where(segments == 1, 0, np.where(segments == 2, cuts[:, :1], cuts[:, 1:]))
+    positions = (places - starts).astype(np.int32)
+    batch = Batch(tokens[:, :-1], tokens[:, 1:], positions, segments.astype(np.int32), np.ones((rows, seq), np.float32))
+    return jax.tree.map(jnp.asarray, batch)
+
+
+def train(spec: dict[str, Any]) -> tuple[Round, dict[str, Any]]:
+    """Whole training steps: forward, backward, gradient norm, clipping, AdamW."""
+    size = spec["size"]
+    config = LlamaConfig(
+        vocab=size["vocab"],
+        d_model=size["d_model"],
+        n_layers=size["n_layers"],
+        n_heads=size["n_heads"],
+        n_kv_heads=size["n_heads"],
+        head_dim=size["d_model"] // size["n_heads"],
+        d_ff=size["d_ff"],
+        context=size["seq"],
+        tied=True,
+    )
+    without = spec.get("without", [])
+    flight = Flight(layers=spec.get("layers", "loop"), remat=spec.get("remat", "none"), dtype=spec["dtype"])
+    ops = ops_without(spec["backend"], [piece for piece in without if piece in PIECES])
+    chunk = size["batch"] * size["seq"] if "loss" in without else 1024
+    step_config = StepConfig(loss_chunk=chunk, micro_batches=spec.get("micro_batches", 1), ratios_every=0)
+    optimizer = build_optimizer(OptimizerConfig(name="adamw"))
+    batch = batch_of(size["batch"], size["seq"], size["vocab"])
+    state = jax.jit(lambda: init_state(lm.build(config, key=jr.key(0)), optimizer))()
+    jax.block_until_ready(state)
+    step = make_step(optimizer, step_config, flight, ops, jr.key(0), donate="donation" not in without)
+    begin = time.perf_counter()
+    state, metrics = jax.block_until_ready(step(state, batch, 1e-3))
+    first_s = time.perf_counter() - begin
+    held = {"state": state}
+
+    def one_round() -> dict[str, Any]:
+        times = []
+        for _ in range(spec["steps"]):
+            begin = time.perf_counter()
+            held["state"], metrics = step(held["state"], batch, 1e-3)
+            jax.block_until_ready((held["state"], metrics))
+            times.append(time.perf_counter() - begin)
+        return {"seconds": times, "loss": float(metrics["loss"])}
+
+    n_params = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
+    facts = {"n_params": n_params, "first_s": first_s, "loss": float(metrics["loss"])}
+    return one_round, facts | program_of(step, state, batch)
+
+
+def program_of(step: Any, state: Any, batch: Batch) -> dict[str, Any]:
+    """Bytes of the compiled step, as the compiler counts them, and its matrix products."""
+    compiled = step.lower(state, batch).compile()
+    found = compiled.memory_analysis()
+    products, outside = products_outside(compiled.as_text())
+    memory = {"argument_bytes": found.argument_size_in_bytes, "temp_bytes": found.temp_size_in_bytes}
+    return memory | {"products": products, "products_outside": outside}
+
+
+def products_outside(program: str) -> tuple[int, list[str]]:
+    """How many matrix products a compiled program for the CPU holds, and the shapes of those that XLA does not hand to its fast library
+    (YNNPACK), as HLO writes them."""
+    fast = set(re.findall(r"calls=%([\w.-]+),.*__ynn_fusion", program))
+    inside, products, outside = "", 0, []
+    for line in program.splitlines():
+        if line.endswith("{"):
+            inside = line.removeprefix("ENTRY ").split(" ")[0].lstrip("%")
+        elif found := re.search(r"= (\S+?)(?:\{[\d,]*\})? dot\(", line):
+            products += 1
+            if inside not in fast:
+                outside.append(found[1])
+    return products, outside
+
+
+def main(spec: dict[str, Any]) -> None:
+    """Build, then answer."""
+    if spec.get("compilation_cache", True):
+        compilation_cache()
+    one_round, facts = KINDS[spec["kind"]](spec)
+    settings = process_settings()
+    facts |= {"jax": jax.__version__, "malloc": settings["malloc"], "xla_flags": settings["xla_flags"]}
+    print(json.dumps(facts), flush=True)
+    for _ in sys.stdin:
+        answer = one_round() | {"peak_rss_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+        print(json.dumps(answer), flush=True)
+
+
+KINDS: dict[str, Callable[[dict[str, Any]], tuple[Round, dict[str, Any]]]] = {"train": train}
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
