@@ -14,7 +14,7 @@ from tiny import facts_of, packed_batch, tiny
 
 import lm
 from lm.flight import Flight, put_on_flight
-from lm.kernels_cpu import BLOCK
+from lm.kernels_cpu import BLOCK, FEW
 
 HEAD_DIM, SCALE = 8, 0.3
 ROUNDING = 2e-6  # fp32, over the largest entry: sums of at most 300 terms, taken in another order; measured 6e-7
@@ -210,3 +210,24 @@ def test_rotation_and_norm_equal_the_reference(rows, dtype, tolerance):
 
         got, expected = (operation_and_gradients(partial(run, ops=ops), arrays, dtype) for ops in (lm.BACKENDS["cpu"], lm.REFERENCE))
         assert max(error(got, expected)) < tolerance, name
+
+
+# ------------------------------------------------------------------------------------------- a few rows
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("rows", [1, FEW - 1, FEW, 19])
+def test_products_of_few_and_of_many_rows_are_the_reference_s_and_so_are_their_gradients(rows, dtype):
+    rng = np.random.default_rng(rows)
+    x, weight, dy = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((rows, 24), (40, 24), (rows, 40)))
+    for dtype_out in (None, jnp.float32):
+        results = []
+        for ops in (lm.BACKENDS["cpu"], lm.REFERENCE):
+            y, back = jax.vjp(lambda x, w, ops=ops: ops.linear(x, w, dtype_out), x, weight)
+            results.append((y, *back(dy.astype(y.dtype))))
+        for one, other in zip(*results, strict=True):
+            assert one.dtype == other.dtype
+            rounding = (
+                ROUNDING if one.dtype == jnp.float32 and dtype == jnp.float32 else 2**-7
+            )  # bf16: half a unit of its last place, and sums
+            np.testing.assert_allclose(np.float32(one), np.float32(other), rtol=0, atol=rounding * np.abs(np.float32(other)).max())
