@@ -182,10 +182,9 @@ def measure_train(config: Config, figures: dict[str, Any]) -> None:
         workers["ours"].close()
         workers = {"ours": ours(spec_of(size, config))}  # now from the compilation cache
         if config.against == "torch":
+            plain = {"kind": "train", "size": SIZES[size], "dtype": "bfloat16", "steps": config.steps}
             for name, compiled in (("torch_eager", False), ("torch_compile", True)):
-                workers[name] = torchs(
-                    {"size": SIZES[size], "dtype": "bfloat16", "steps": config.steps, "compile": compiled}, config.torch_python
-                )
+                workers[name] = torchs(plain | {"compile": compiled}, config.torch_python)
         with together(workers):
             facts = workers["ours"].facts
             answers = in_turns(workers, config.rounds, f"train {size}")
@@ -244,7 +243,7 @@ def measure_decode(config: Config, figures: dict[str, Any]) -> None:
             name = f"decode.{n}.slots{slots}" if prompt == config.prompt else "prefill.1024"
             logger.info(f"{name}: {n} sequences, prompt {prompt}, {new} new tokens, {slots} slots")
             spec = {"kind": "decode", "model": folder, "sequences": n, "prompt": prompt, "new": new, "slots": slots, "backend": "cpu"}
-            workers = {f"ours_{dtype}": ours(spec | {"dtype": dtype}) for dtype in ("bfloat16", "float32")}
+            workers = {f"ours_{dtype}": ours(spec | {"dtype": dtype}) for dtype in ("bfloat16", "int8", "float32")}
             if config.against == "torch" and slots == cases[0][3]:
                 workers |= {
                     f"transformers_{dtype}": torchs(spec | {"dtype": dtype}, config.torch_python) for dtype in ("bfloat16", "float32")

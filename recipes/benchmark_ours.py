@@ -113,7 +113,9 @@ def program_of(step: Any, state: Any, batch: Batch) -> dict[str, Any]:
 
 def generation(spec: dict[str, Any]) -> tuple[Round, dict[str, Any]]:
     """A prompt for each sequence through the model, then tokens one by one, greedy."""
-    model = lm.load_pretrained(spec["model"], dtype=jnp.dtype(spec["dtype"]))
+    dtype = jnp.dtype("bfloat16" if spec["dtype"] == "int8" else spec["dtype"])  # of products and caches
+    model = lm.load_pretrained(spec["model"], dtype=dtype)
+    model = lm.quantised(model) if spec["dtype"] == "int8" else model
     n, ops = spec["sequences"], lm.BACKENDS[spec["backend"]]
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(0, model.config.vocab, (n, spec["prompt"])), jnp.int32)
@@ -122,7 +124,7 @@ def generation(spec: dict[str, Any]) -> tuple[Round, dict[str, Any]]:
 
     def one_round() -> dict[str, Any]:
         begin = time.perf_counter()
-        state = jax.block_until_ready(prefill(model, tokens, lengths, spec["slots"], keys, jnp.dtype(spec["dtype"]), False, ops))
+        state = jax.block_until_ready(prefill(model, tokens, lengths, spec["slots"], keys, dtype, False, ops))
         prefilled = time.perf_counter()
         state, out = jax.block_until_ready(decode(model, state, stops, GREEDY, spec["new"], ops))
         assert int((out >= 0).sum()) == n * spec["new"]
