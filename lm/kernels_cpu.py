@@ -126,6 +126,7 @@ def rotate(
 ) -> Float[Array, "*batch heads seq head_dim"]:
     """The reference's rotation, with the minus sign moved from x into the small table: what is left of "rotate half" is a swap, which is
     its own backward pass."""
+    cos, sin = jax.lax.optimization_barrier((cos, sin))  # else XLA takes the cosine anew for each head of each layer
     first, second = jnp.split(sin, 2, axis=-1)
     signed = jnp.concatenate([-first, second], axis=-1)
     wide = x.astype(jnp.float32)
