@@ -18,6 +18,7 @@ from lm.cache import LayerCache  # noqa: E402
 from lm.flight import Flight, Remat, Stack, put_on_flight  # noqa: E402
 from lm.generate import Sampler, generate, stream  # noqa: E402
 from lm.kernels import BACKENDS, REFERENCE, Ops, with_ops  # noqa: E402
+from lm.layers import cast, quantised  # noqa: E402
 from lm.masks import Facts, may_attend  # noqa: E402
 from lm.models import ARCHITECTURES, build, load_pretrained, save_pretrained  # noqa: E402
 
@@ -35,11 +36,13 @@ __all__ = [
     "Sampler",
     "Stack",
     "build",
+    "cast",
     "generate",
     "load_pretrained",
     "mark",
     "may_attend",
     "put_on_flight",
+    "quantised",
     "save_pretrained",
     "stream",
     "with_ops",

@@ -91,8 +91,9 @@ class Attention(eqx.Module):
 
         key_facts = Facts(facts.positions, facts.segments)
         if cache is not None:
-            cache = cache.append(k, v, key_facts)
-            k, v, key_facts = cache.keys.astype(q.dtype), cache.values.astype(q.dtype), cache.facts
+            fresh, cache = cache.fresh, cache.append(k, v, key_facts)
+            if not fresh:  # a prompt looks at itself, without the empty slots behind it
+                k, v, key_facts = cache.keys.astype(q.dtype), cache.values.astype(q.dtype), cache.facts
 
         mixed = self.ops.attention(q, k, v, facts, key_facts, self.head_dim**-0.5, self.window, self.softcap, self.dropout, key=key)
         mixed = rearrange(mark(mixed, "attn.mixed"), "... heads seq head_dim -> ... seq (heads head_dim)")

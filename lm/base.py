@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int, Key
 from lm.cache import LayerCache
 from lm.kernels import linear, soft_cap
 from lm.masks import Facts, default_facts
+from lm.quant import Quantised
 
 Aux = dict[str, tuple[Array, Array]]  # what a block reports beside its output: name → (sum, count)
 
@@ -76,7 +77,7 @@ class AbstractLM(eqx.Module, is_abstract=True):
 
     @property
     @abstractmethod
-    def unembedding(self) -> Float[Array, "vocab d_model"]:
+    def unembedding(self) -> Float[Array, "vocab d_model"] | Quantised:
         """The matrix that turns hidden states into logits: the embedding itself when tied."""
 
     @property

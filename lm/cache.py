@@ -20,6 +20,7 @@ class LayerCache(eqx.Module):
     positions: Int[Array, "*batch slots"]
     segments: Int[Array, "*batch slots"]
     filled: Int[Array, ""]  # the next slot to write
+    fresh: bool = eqx.field(static=True, default=False)  # nothing was ever written: a row that comes then has only itself to look at
 
     @staticmethod
     def empty(batch: tuple[int, ...], kv_heads: int, slots: int, head_dim: int, dtype: jnp.dtype | type) -> "LayerCache":
@@ -31,6 +32,7 @@ class LayerCache(eqx.Module):
             positions=jnp.zeros((*batch, slots), jnp.int32),
             segments=jnp.full((*batch, slots), UNWRITTEN, jnp.int32),
             filled=jnp.zeros((), jnp.int32),
+            fresh=True,
         )
 
     @property

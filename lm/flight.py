@@ -17,6 +17,7 @@ from lm.base import AbstractBlock, AbstractLM, Aux
 from lm.kernels import Ops, with_ops
 from lm.layers import Linear
 from lm.masks import Facts
+from lm.quant import Quantised
 
 Model = TypeVar("Model", bound=AbstractLM)
 
@@ -89,11 +90,13 @@ class Stack(AbstractBlock):
 
 
 def cast_linears(blocks: tuple[Any, ...], dtype: Any) -> tuple[Any, ...]:
-    """Every `Linear` in `dtype`; norms stay as they are. The embedding is no part of the blocks: a bf16 lookup would have a bf16
-    scatter-add for its gradient, where frequent tokens lose their sum."""
+    """Every `Linear` in `dtype`; norms stay as they are, and int8 weights too. The embedding is no part of the blocks: a bf16 lookup would
+    have a bf16 scatter-add for its gradient, where frequent tokens lose their sum."""
 
     def cast(node: Any) -> Any:
-        return jax.tree.map(lambda leaf: leaf.astype(dtype), node) if isinstance(node, Linear) else node
+        if not isinstance(node, Linear) or isinstance(node.weight, Quantised):
+            return node
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), node)
 
     return jax.tree.map(cast, blocks, is_leaf=lambda node: isinstance(node, Linear))
 

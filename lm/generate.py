@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lm.base import AbstractLM
+from lm.kernels import BACKENDS, REFERENCE, Ops, soft_cap, with_ops
 from lm.masks import PADDING, Facts
 
 PROMPT_ROUNDING = 32  # tokens; prompts are padded to a multiple
@@ -117,14 +118,16 @@ def prefill(
     keys: Key[Array, " batch"],
     dtype: Any,
     penalised: bool = False,
+    ops: Ops = REFERENCE,
 ) -> Decoding:
     """Run the left-padded prompts through the model, once each, and keep their keys and values; with more keys than prompts, copied for
     the several continuations of each. `penalised`: also keep which tokens stand in them."""
+    model = with_ops(model, ops)
     batch, seq = tokens.shape
     positions = jnp.arange(seq)[None] - (seq - lengths)[:, None]
     facts = Facts(jnp.maximum(positions, 0).astype(jnp.int32), jnp.where(positions < 0, PADDING, 1).astype(jnp.int32))
     hidden, cache, _ = model.hidden(tokens, facts, model.empty_cache((batch,), slots, dtype))
-    logits = model.logits(hidden[:, -1])
+    logits = _logits(model, hidden[:, -1], ops)
     seen = None
     if penalised:  # padding is token 0 in the array, but stands for nothing
         seen = jnp.zeros(logits.shape, bool).at[jnp.arange(batch)[:, None], tokens].max(positions >= 0)
@@ -146,10 +149,10 @@ def prefill(
 
 @eqx.filter_jit(donate="all-except-first")
 def decode(
-    model: AbstractLM, state: Decoding, stop_ids: Int[Array, " stops"], sampler: Sampler, most: int
+    model: AbstractLM, state: Decoding, stop_ids: Int[Array, " stops"], sampler: Sampler, most: int, ops: Ops = REFERENCE
 ) -> tuple[Decoding, Int[Array, "batch most"]]:
     """Draw up to `most` tokens a row, fewer when every row has met a stop id. Rows that are done, and places never reached, hold -1."""
-    arrays, static = eqx.partition(model, eqx.is_array)
+    arrays, static = eqx.partition(with_ops(model, ops), eqx.is_array)
     batch = state.positions.shape[0]
 
     def unfinished(carry: tuple[Array, Decoding, Array]) -> Array:
@@ -167,7 +170,7 @@ def decode(
         facts = Facts(state.positions[:, None], jnp.ones((batch, 1), jnp.int32))
         hidden, cache, _ = flying.hidden(token[:, None], facts, state.cache)
         seen = None if state.seen is None else state.seen.at[jnp.arange(batch), token].set(True)
-        state = Decoding(cache, flying.logits(hidden[:, -1]), state.positions + 1, stopped, state.keys, state.drawn + 1, seen)
+        state = Decoding(cache, _logits(flying, hidden[:, -1], ops), state.positions + 1, stopped, state.keys, state.drawn + 1, seen)
         return i + 1, state, out
 
     carry = (jnp.zeros((), jnp.int32), state, jnp.full((batch, most), -1, jnp.int32))
@@ -185,6 +188,7 @@ def generate(
     key: Key[Array, ""] | None = None,
     n: int = 1,
     seeds: Sequence[int] | None = None,
+    ops: Ops | None = None,
 ) -> list[list[int]]:
     """Continue each prompt, `n` times; the new ids only, without the stop id. The n continuations of a prompt stand together.
 
@@ -196,12 +200,14 @@ def generate(
     - `stop_ids`: a row ends where one of these is drawn.
     - `n`: continuations of each prompt, which is run through the model once.
     - `seeds`: a number for each row, of which its draws depend (with `key`), and not on its neighbours; `None`: 0, 1, 2, …
+    - `ops`: the backend to compute with (`lm.BACKENDS`); `None`: `cpu` where JAX runs on a CPU, `reference` elsewhere.
 
     **Raises:** `ValueError` where prompt and new tokens would pass `model.config.context`, where a prompt is empty, or an id is not in the
     vocabulary.
     """
-    state = _start(model, prompts, max_new_tokens, sampler, key, n, seeds)
-    _, out = decode(model, state, _stops(stop_ids), sampler, max_new_tokens)
+    ops = _ops(ops)
+    state = _start(model, prompts, max_new_tokens, sampler, key, n, seeds, ops)
+    _, out = decode(model, state, _stops(stop_ids), sampler, max_new_tokens, ops)
     return [[int(token) for token in row if token >= 0] for row in np.asarray(out)]
 
 
@@ -215,12 +221,14 @@ def stream(
     key: Key[Array, ""] | None = None,
     seed: int = 0,
     chunk: int = 4,
+    ops: Ops | None = None,
 ) -> Iterator[int]:
     """The ids `generate` would give for one prompt under that seed, as they are drawn, `chunk` at a time."""
-    state = _start(model, [prompt], max_new_tokens, sampler, key, 1, [seed])
+    ops = _ops(ops)
+    state = _start(model, [prompt], max_new_tokens, sampler, key, 1, [seed], ops)
     left = max_new_tokens
     while left > 0:
-        state, out = decode(model, state, _stops(stop_ids), sampler, min(chunk, left))
+        state, out = decode(model, state, _stops(stop_ids), sampler, min(chunk, left), ops)
         yield from (int(token) for token in np.asarray(out)[0] if token >= 0)
         left -= chunk
         if bool(state.done[0]):
@@ -235,6 +243,7 @@ def _start(
     key: Key[Array, ""] | None,
     n: int,
     seeds: Sequence[int] | None,
+    ops: Ops,
 ) -> Decoding:
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or min(lengths) == 0:
@@ -270,7 +279,7 @@ def _start(
     key = jr.key(0) if key is None else key  # greedy: never looked at
     keys = jax.vmap(jr.fold_in, (None, 0))(key, jnp.asarray(range(rows) if seeds is None else seeds, jnp.uint32))
     dtype = model.blocks[0].attn.k_proj.weight.dtype
-    return prefill(model, jnp.asarray(tokens), jnp.asarray(lengths), slots, keys, dtype, sampler.repetition_penalty != 1)
+    return prefill(model, jnp.asarray(tokens), jnp.asarray(lengths), slots, keys, dtype, sampler.repetition_penalty != 1, ops)
 
 
 def _stops(stop_ids: Sequence[int]) -> Array:
@@ -279,3 +288,15 @@ def _stops(stop_ids: Sequence[int]) -> Array:
 
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
+
+
+def _ops(asked: Ops | None) -> Ops:
+    if asked is not None:
+        return asked
+    return BACKENDS["cpu"] if jax.default_backend() == "cpu" else REFERENCE
+
+
+def _logits(model: AbstractLM, hidden: Float[Array, "batch d_model"], ops: Ops) -> Float[Array, "batch vocab"]:
+    """`model.logits` by a backend."""
+    scores = ops.linear(hidden.astype(model.unembedding.dtype), model.unembedding, jnp.float32)
+    return scores if model.logit_softcap is None else soft_cap(scores, model.logit_softcap)

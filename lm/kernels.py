@@ -20,14 +20,19 @@ from jaxtyping import Array, Float, Key
 
 from lm import kernels_cpu
 from lm.masks import Facts, may_attend
+from lm.quant import Quantised
 
 # ------------------------------------------------------------------------------------------- reference
 
 
-def linear(x: Float[Array, "*batch d_in"], weight: Float[Array, "d_out d_in"], dtype: Any = None) -> Float[Array, "*batch d_out"]:
+def linear(
+    x: Float[Array, "*batch d_in"], weight: Float[Array, "d_out d_in"] | Quantised, dtype: Any = None
+) -> Float[Array, "*batch d_out"]:
     """x Wᵀ, accumulated in fp32 whatever the operands, returned in `dtype` (`None`: that of `x`)."""
     flat = x.reshape(-1, x.shape[-1])
-    y = jax.lax.dot_general(flat, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    matrix = weight.values.astype(weight.dtype) if isinstance(weight, Quantised) else weight  # int8 is exact in bf16
+    y = jax.lax.dot_general(flat, matrix, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    y = y * weight.scales if isinstance(weight, Quantised) else y
     return y.astype(dtype or x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -148,6 +153,12 @@ def _refuse_dropout(backend: str, dropout: float, key: Array | None) -> None:
 # ------------------------------------------------------------------------------------------- CPU
 
 
+def _cpu_linear(x: Array, weight: Array | Quantised, dtype: Any = None) -> Array:
+    if isinstance(weight, Quantised):
+        return kernels_cpu.linear_int8(x, weight.values, weight.scales, weight.dtype, dtype)
+    return kernels_cpu.linear(x, weight, dtype)
+
+
 def _cpu_attention(
     q: Array,
     k: Array,
@@ -161,11 +172,11 @@ def _cpu_attention(
     *,
     key: Array | None = None,
 ) -> Array:
-    """The blocked kernel where a row looks at itself, as in training; the reference where queries look into a cache, told by there being
-    more keys than queries. (A prompt that fills its cache to the last slot is again a row that looks at itself.)"""
+    """The blocked kernel where a row looks at itself, as in training; another where queries look into a cache, told by there being more
+    keys than queries. (A prompt that fills its cache to the last slot is again a row that looks at itself.)"""
     _refuse_dropout("cpu", dropout, key)
     if q.shape[-2] != k.shape[-2]:
-        return attention(q, k, v, query_facts, key_facts, scale, window, softcap)
+        return kernels_cpu.cached_attention(q, k, v, query_facts, key_facts, scale, window, softcap)
     return kernels_cpu.attention(q, k, v, query_facts.segments, scale, window, softcap)
 
 
@@ -201,7 +212,7 @@ BACKENDS: dict[str, Ops] = {
     "cudnn": Ops("cudnn", attention=_jax_nn_attention("cudnn")),
     "cpu": Ops(
         "cpu",
-        linear=kernels_cpu.linear,
+        linear=_cpu_linear,
         weight_gradient=kernels_cpu.weight_gradient,
         attention=_cpu_attention,
         rms_norm=kernels_cpu.rms_norm,

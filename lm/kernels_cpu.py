@@ -11,11 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int8
 
-from lm.masks import check_window
+from lm.masks import UNWRITTEN, Facts, check_window, may_attend
 
+SLOTS = 256  # of a cache, looked at at once
 BLOCK = 128  # queries, or keys, worked on at once: scores of a block stay near the processor, and little above the diagonal is computed
+FEW = 3  # rows below which a product is limited by reading the weights
+FEW_INT8 = 9  # the same for int8: the fast product would need them converted first
 
 
 def _rows(x: Array) -> Array:
@@ -32,6 +35,25 @@ def _dot(a: Array, b: Array, axis_of_a: int, axis_of_b: int) -> Array:
     return jax.lax.dot_general(a, b, (((axis_of_a,), (axis_of_b,)), ((), ())), preferred_element_type=jnp.float32)
 
 
+def _few_rows(x: Float[Array, "n d_in"], weight: Float[Array, "d_out d_in"] | Int8[Array, "d_out d_in"]) -> Float[Array, "n d_out"]:
+    """x Wᵀ as a multiplication and a sum: it reads the weights as fast as memory gives them, where the fast product, made for many rows,
+    reads bf16 at a sixth of that speed."""
+    return jnp.sum(weight.astype(jnp.float32) * x.astype(jnp.float32)[:, None, :], axis=-1)
+
+
+def linear_int8(
+    x: Float[Array, "*batch d_in"],
+    values: Int8[Array, "d_out d_in"],
+    scales: Float[Array, " d_out"],
+    operands: Any,
+    dtype: Any = None,
+) -> Float[Array, "*batch d_out"]:
+    """x Wᵀ for W = scales · values. `operands`: dtype that many rows are multiplied in; for a few the integers are read as they lie."""
+    flat = x.reshape(-1, x.shape[-1])
+    y = _few_rows(flat, values) if len(flat) < FEW_INT8 else _dot(flat, values.astype(operands), 1, 1)
+    return (y * scales).astype(dtype or x.dtype).reshape(*x.shape[:-1], len(scales))
+
+
 def weight_gradient(dy: Float[Array, "n d_out"], x: Float[Array, "n d_in"]) -> Float[Array, "d_out d_in"]:
     """dyᵀ x with the narrower side transposed in memory first."""
     if dy.shape[1] <= x.shape[1]:
@@ -41,8 +63,9 @@ def weight_gradient(dy: Float[Array, "n d_out"], x: Float[Array, "n d_in"]) -> F
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def linear(x: Float[Array, "*batch d_in"], weight: Float[Array, "d_out d_in"], dtype: Any = None) -> Float[Array, "*batch d_out"]:
-    """x Wᵀ as in the reference, with a backward pass that stays on the fast products."""
-    y = _dot(x.reshape(-1, x.shape[-1]), weight, 1, 1)
+    """x Wᵀ as in the reference, with a backward pass that stays on the fast products. A few rows, as in decoding, have their own way."""
+    flat = x.reshape(-1, x.shape[-1])
+    y = _few_rows(flat, weight) if len(flat) < FEW else _dot(flat, weight, 1, 1)
     return y.astype(dtype or x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
@@ -103,6 +126,7 @@ def rotate(
 ) -> Float[Array, "*batch heads seq head_dim"]:
     """The reference's rotation, with the minus sign moved from x into the small table: what is left of "rotate half" is a swap, which is
     its own backward pass."""
+    cos, sin = jax.lax.optimization_barrier((cos, sin))  # else XLA takes the cosine anew for each head of each layer
     first, second = jnp.split(sin, 2, axis=-1)
     signed = jnp.concatenate([-first, second], axis=-1)
     wide = x.astype(jnp.float32)
@@ -156,6 +180,50 @@ def attention(
     # be fused with the reshape behind it, it is a slow loop, in both passes.
     by_token = _rows(jnp.swapaxes(mixed.reshape(q.shape), -3, -2))
     return jnp.swapaxes(by_token, -3, -2)
+
+
+def cached_attention(
+    q: Float[Array, "*batch heads queries head_dim"],
+    k: Float[Array, "*batch kv_heads slots head_dim"],
+    v: Float[Array, "*batch kv_heads slots head_dim"],
+    query_facts: Facts,
+    key_facts: Facts,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Float[Array, "*batch heads queries head_dim"]:
+    """softmax(scale · q kᵀ, soft-capped where asked) v of queries with a cache, up to the last slot that was written: the time of a step
+    goes with the tokens there are, not with the places for them.
+
+    Blocks of slots are taken one after the other with a running maximum and sum (Milakov and Gimelshein 2018, arXiv:1805.02867, algorithm
+    3), in a loop whose length is found at run time, and so it has no backward pass.
+    """
+    *batch, heads, queries, head_dim = q.shape
+    kv_heads, slots = k.shape[-3:-1]
+    stacked = (*batch, kv_heads, heads // kv_heads * queries)  # the heads that share a key head, one below the other
+    q = q.reshape(*stacked, head_dim)
+    written = jnp.max(jnp.where(key_facts.segments == UNWRITTEN, 0, jnp.arange(1, slots + 1)))
+    size = min(SLOTS, slots)
+
+    def look(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        highest, total, mixed = carry
+        start = jnp.minimum(i * size, slots - size)  # the last block reaches back where the slots are no multiple
+        keys, values, positions, segments = (
+            jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+            for x, axis in ((k, -2), (v, -2), (key_facts.positions, -1), (key_facts.segments, -1))
+        )
+        scores = jnp.einsum("...qd,...kd->...qk", q, keys, preferred_element_type=jnp.float32) * scale
+        allowed = may_attend(query_facts, Facts(positions, segments), window) & (start + jnp.arange(size) >= i * size)
+        scores = _capped(scores, softcap).reshape(*batch, kv_heads, -1, queries, size)
+        scores = jnp.where(allowed[..., None, None, :, :], scores, jnp.finfo(jnp.float32).min).reshape(*stacked, size)
+        new = jnp.maximum(highest, jnp.max(scores, axis=-1, keepdims=True))
+        weights, earlier = jnp.exp(scores - new), jnp.exp(highest - new)
+        seen = jnp.einsum("...qk,...kd->...qd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        return new, total * earlier + jnp.sum(weights, axis=-1, keepdims=True), mixed * earlier + seen
+
+    nothing = (jnp.full((*stacked, 1), jnp.finfo(jnp.float32).min), jnp.zeros((*stacked, 1)), jnp.zeros((*stacked, head_dim)))
+    _, total, mixed = jax.lax.fori_loop(0, (written + size - 1) // size, look, nothing)
+    return (mixed / total).astype(q.dtype).reshape(*batch, heads, queries, head_dim)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))

@@ -5,6 +5,7 @@ an `init` that draws random weights; the plain constructor takes ready arrays. W
 """
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -13,8 +14,10 @@ import jax.random as jr
 from jaxtyping import Array, Float, Int, Key
 
 from lm.kernels import REFERENCE, Ops
+from lm.quant import Quantised
 
 Activation = Callable[[Array], Array]
+Tree = TypeVar("Tree")
 
 
 def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -53,7 +56,7 @@ def activation_named(name: str) -> Activation:
 class Linear(eqx.Module):
     """x ↦ x Wᵀ + b. The input is cast to the weight's dtype: the step chooses precision by casting weights, and nothing else."""
 
-    weight: Float[Array, "d_out d_in"]
+    weight: Float[Array, "d_out d_in"] | Quantised
     bias: Float[Array, " d_out"] | None = None
     ops: Ops = eqx.field(static=True, default=REFERENCE)
 
@@ -70,14 +73,14 @@ class Linear(eqx.Module):
 class Embedding(eqx.Module):
     """token ↦ its row. Ids at or past the vocabulary read the last row, as JAX gathers do: check them where they enter."""
 
-    weight: Float[Array, "vocab d_model"]
+    weight: Float[Array, "vocab d_model"] | Quantised
 
     @staticmethod
     def init(vocab: int, d_model: int, *, std: float, key: Key[Array, ""]) -> "Embedding":
         return Embedding(std * jr.normal(key, (vocab, d_model)))
 
     def __call__(self, tokens: Int[Array, "*batch seq"]) -> Float[Array, "*batch seq {self.weight.shape[1]}"]:
-        return self.weight[tokens]
+        return self.weight.rows(tokens) if isinstance(self.weight, Quantised) else self.weight[tokens]
 
 
 class RMSNorm(eqx.Module):
@@ -170,3 +173,31 @@ def dropout(x: Float[Array, "*shape"], rate: float, key: Key[Array, ""] | None) 
         return x
     kept = jr.bernoulli(key, 1.0 - rate, x.shape)
     return jnp.where(kept, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+def with_matrices(model: Tree, change: Callable[[Array], Any]) -> Tree:
+    """The same model with the matrix of every `Linear` and every `Embedding` changed; norms, biases and all else are shared. What is int8
+    already stays so."""
+
+    def has_matrix(node: Any) -> bool:
+        return isinstance(node, Linear | Embedding)
+
+    def changed(node: Any) -> Any:
+        if not has_matrix(node) or isinstance(node.weight, Quantised):
+            return node
+        return eqx.tree_at(lambda layer: layer.weight, node, change(node.weight))
+
+    return jax.tree.map(changed, model, is_leaf=has_matrix)
+
+
+def cast(model: Tree, dtype: Any) -> Tree:
+    """The same model with its matrices in `dtype`."""
+    return with_matrices(model, lambda weight: weight.astype(dtype))
+
+
+def quantised(model: Tree, dtype: Any = None) -> Tree:
+    """The same model with its matrices as int8 (`lm.quant`); `dtype`, of products with them, is theirs where not given.
+
+    Such a model generates and is evaluated. It is neither trained nor saved: keep the one it was made from.
+    """
+    return with_matrices(model, lambda weight: Quantised.of(weight, dtype))

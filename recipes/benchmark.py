@@ -24,12 +24,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax.random as jr
 import tyro
 from loguru import logger
 from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
+from lm.models import build, save_pretrained
+from lm.models.llama import PRESETS
 from recipes.command_line import RecipeConfig, fail
 from train.logs import model_flops_per_token, plain_messages, progress, write_json
 from train.runtime import device_facts, measure_matmul_peak
@@ -59,13 +62,19 @@ LADDER: dict[str, dict[str, Any]] = {
     "donated buffers": {"without": ["donation"]},
 }
 
-Part = Literal["train", "ladder"]
+Part = Literal["train", "ladder", "decode"]
+
+DECODING = "smollm2-135m"  # the preset of `lm.models.llama` that generates, with random weights
 
 
 class Config(RecipeConfig):
     """What to measure, and how long."""
 
-    parts: tuple[Part, ...] = Field(("train", "ladder"), description="what to measure")
+    parts: tuple[Part, ...] = Field(("train", "ladder", "decode"), description="what to measure")
+    sequences: tuple[int, ...] = Field((1, 4, 16), description="sequences decoded together")
+    prompt: int = Field(128, ge=1, description="tokens of a prompt; a prefill of 1,024 is measured besides")
+    new: int = Field(128, ge=1, description="tokens drawn after each prompt")
+    slots: tuple[int, ...] = Field((384, 2048), description="places of the cache")
     sizes: tuple[str, ...] = Field(("S", "M"), description="sizes of the training step: " + ", ".join(SIZES))
     against: Literal["none", "torch"] = Field("none", description="measure PyTorch beside it, eager and compiled")
     torch_python: Path | None = Field(None, description="an interpreter that has torch; None: this one")
@@ -173,10 +182,9 @@ def measure_train(config: Config, figures: dict[str, Any]) -> None:
         workers["ours"].close()
         workers = {"ours": ours(spec_of(size, config))}  # now from the compilation cache
         if config.against == "torch":
+            plain = {"kind": "train", "size": SIZES[size], "dtype": "bfloat16", "steps": config.steps}
             for name, compiled in (("torch_eager", False), ("torch_compile", True)):
-                workers[name] = torchs(
-                    {"size": SIZES[size], "dtype": "bfloat16", "steps": config.steps, "compile": compiled}, config.torch_python
-                )
+                workers[name] = torchs(plain | {"compile": compiled}, config.torch_python)
         with together(workers):
             facts = workers["ours"].facts
             answers = in_turns(workers, config.rounds, f"train {size}")
@@ -226,7 +234,34 @@ def measure_ladder(config: Config, figures: dict[str, Any]) -> None:
         }
 
 
-PARTS = {"train": measure_train, "ladder": measure_ladder}
+def measure_decode(config: Config, figures: dict[str, Any]) -> None:
+    """Prefill and decoding at several sequences, beside `transformers` on the same checkpoint if asked."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_pretrained(build(PRESETS[DECODING], key=jr.key(0)), folder)
+        cases = [(n, config.prompt, config.new, slots) for n in config.sequences for slots in config.slots] + [(1, 1024, 8, 2048)]
+        for n, prompt, new, slots in cases:
+            name = f"decode.{n}.slots{slots}" if prompt == config.prompt else "prefill.1024"
+            logger.info(f"{name}: {n} sequences, prompt {prompt}, {new} new tokens, {slots} slots")
+            spec = {"kind": "decode", "model": folder, "sequences": n, "prompt": prompt, "new": new, "slots": slots, "backend": "cpu"}
+            workers = {f"ours_{dtype}": ours(spec | {"dtype": dtype}) for dtype in ("bfloat16", "int8", "float32")}
+            if config.against == "torch" and slots == cases[0][3]:
+                workers |= {
+                    f"transformers_{dtype}": torchs(spec | {"dtype": dtype}, config.torch_python) for dtype in ("bfloat16", "float32")
+                }
+            with together(workers):
+                answers = in_turns(workers, config.rounds, name)
+            found: dict[str, Any] = {}
+            for who, each in answers.items():
+                found[f"{who}.tokens_per_s"] = n * new / statistics.median(answer["decode_s"] for answer in each)
+                found[f"{who}.prefill_tokens_per_s"] = n * prompt / statistics.median(answer["prefill_s"] for answer in each)
+            facts = workers["ours_bfloat16"].facts
+            # Every token reads all weights once, whatever the number of sequences.
+            found["limit_tokens_per_s"] = n * facts["read_bytes_per_s"] / facts["weight_bytes"]
+            found["read_bytes_per_s"] = facts["read_bytes_per_s"]
+            figures[name] = found
+
+
+PARTS = {"train": measure_train, "ladder": measure_ladder, "decode": measure_decode}
 
 # ------------------------------------------------------------------------------------------- main
 
@@ -254,6 +289,7 @@ def main(config: Config) -> Path:
     if config.json_file is not None:
         write_json(config.json_file, flat(figures))
     show(figures)
+    show_decoding(Console(), figures)
     Console().print(f"figures {path}", markup=False, highlight=False, soft_wrap=True)
     return folder
 
@@ -294,6 +330,23 @@ def show(figures: dict[str, Any]) -> None:
         for piece, found in figures["ladder"].items():
             table.add_row(piece, *(f"{found[name]:.2f}x" for name in ("ratio", "best_ratio", "temp_bytes_ratio")))
         console.print(table)
+
+
+def show_decoding(console: Console, figures: dict[str, Any]) -> None:
+    """Tokens a second of all sequences together."""
+    rows = {name: found for name, found in figures.items() if name.startswith(("decode.", "prefill."))}
+    if not rows:
+        return
+    whos = list(dict.fromkeys(key.rsplit(".", 1)[0] for found in rows.values() for key in found if "." in key))
+    console.print(f"generation, {DECODING}, tokens/s of all sequences together", style="italic")
+    table = Table()
+    for column in ("case", *whos, "limit of bf16 by memory"):
+        table.add_column(column, justify="left" if column == "case" else "right")
+    for name, found in rows.items():
+        what = "prefill_tokens_per_s" if name.startswith("prefill") else "tokens_per_s"
+        speeds = [f"{found[f'{who}.{what}']:,.0f}" if f"{who}.{what}" in found else "" for who in whos]
+        table.add_row(name, *speeds, "" if name.startswith("prefill") else f"{found['limit_tokens_per_s']:,.0f}")
+    console.print(table)
 
 
 if __name__ == "__main__":

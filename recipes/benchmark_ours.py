@@ -22,6 +22,7 @@ import lm
 from data.pipeline import Batch
 from lm import kernels
 from lm.flight import Flight
+from lm.generate import GREEDY, decode, prefill
 from lm.models.llama import LlamaConfig
 from train.optimizers import OptimizerConfig, build_optimizer
 from train.runtime import compilation_cache, process_settings
@@ -110,6 +111,44 @@ def program_of(step: Any, state: Any, batch: Batch) -> dict[str, Any]:
     return memory | {"products": products, "products_outside": outside}
 
 
+def generation(spec: dict[str, Any]) -> tuple[Round, dict[str, Any]]:
+    """A prompt for each sequence through the model, then tokens one by one, greedy."""
+    dtype = jnp.dtype("bfloat16" if spec["dtype"] == "int8" else spec["dtype"])  # of products and caches
+    model = lm.load_pretrained(spec["model"], dtype=dtype)
+    model = lm.quantised(model) if spec["dtype"] == "int8" else model
+    n, ops = spec["sequences"], lm.BACKENDS[spec["backend"]]
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(0, model.config.vocab, (n, spec["prompt"])), jnp.int32)
+    lengths, keys = jnp.full(n, spec["prompt"], jnp.int32), jr.split(jr.key(0), n)
+    stops = jnp.zeros(0, jnp.int32)
+
+    def one_round() -> dict[str, Any]:
+        begin = time.perf_counter()
+        state = jax.block_until_ready(prefill(model, tokens, lengths, spec["slots"], keys, dtype, False, ops))
+        prefilled = time.perf_counter()
+        state, out = jax.block_until_ready(decode(model, state, stops, GREEDY, spec["new"], ops))
+        assert int((out >= 0).sum()) == n * spec["new"]
+        return {"prefill_s": prefilled - begin, "decode_s": time.perf_counter() - prefilled}
+
+    bandwidth = read_bandwidth()
+    begin = time.perf_counter()
+    one_round()
+    weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(model))
+    return one_round, {"first_s": time.perf_counter() - begin, "weight_bytes": weight_bytes, "read_bytes_per_s": bandwidth}
+
+
+def read_bandwidth(megabytes: int = 512) -> float:
+    """Bytes a second that a sum over a large array reads: the most a decoder that reads all its weights for each token can hope for."""
+    x = jnp.ones((megabytes << 18,), jnp.float32)
+    total = jax.jit(jnp.sum)
+    times = []
+    for _ in range(8):
+        begin = time.perf_counter()
+        total(x).block_until_ready()
+        times.append(time.perf_counter() - begin)
+    return x.nbytes / min(times)
+
+
 def products_outside(program: str) -> tuple[int, list[str]]:
     """How many matrix products a compiled program for the CPU holds, and the shapes of those that XLA does not hand to its fast library
     (YNNPACK), as HLO writes them."""
@@ -138,7 +177,7 @@ def main(spec: dict[str, Any]) -> None:
         print(json.dumps(answer), flush=True)
 
 
-KINDS: dict[str, Callable[[dict[str, Any]], tuple[Round, dict[str, Any]]]] = {"train": train}
+KINDS: dict[str, Callable[[dict[str, Any]], tuple[Round, dict[str, Any]]]] = {"train": train, "decode": generation}
 
 if __name__ == "__main__":
     main(json.loads(sys.argv[1]))

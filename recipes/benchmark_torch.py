@@ -58,7 +58,29 @@ class Decoder(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
-def main(spec: dict) -> None:
+def decode(spec: dict) -> None:
+    """`transformers` on the same checkpoint: prefill, then greedy `generate`."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=getattr(torch, spec["dtype"])).eval()
+    tokens = torch.randint(0, model.config.vocab_size, (spec["sequences"], spec["prompt"]))
+    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None, "attention_mask": torch.ones_like(tokens)}
+
+    def timed(new: int) -> float:
+        begin = time.perf_counter()
+        with torch.inference_mode():
+            out = model.generate(tokens, max_new_tokens=new, min_new_tokens=new, **options)
+        assert out.shape[1] == spec["prompt"] + new
+        return time.perf_counter() - begin
+
+    timed(2)
+    print(json.dumps({"torch": torch.__version__}), flush=True)
+    for _ in sys.stdin:
+        prefill_s = timed(1)
+        print(json.dumps({"prefill_s": prefill_s, "decode_s": timed(1 + spec["new"]) - prefill_s}), flush=True)
+
+
+def train(spec: dict) -> None:
     torch.manual_seed(0)
     size = spec["size"]
     model = Decoder(**size)
@@ -91,4 +113,5 @@ def main(spec: dict) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    given = json.loads(sys.argv[1])
+    {"train": train, "decode": decode}[given["kind"]](given)

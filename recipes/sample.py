@@ -16,14 +16,16 @@ import numpy as np
 import tyro
 from pydantic import Field
 
+import lm
 from data.tokenizer import StreamDecoder, Tokenizer
 from lm.generate import Sampler, generate, stream
 from recipes.command_line import RecipeConfig, fail
 from recipes.loading import load
 from recipes.stop_strings import StopStrings
+from train.backends import choose_dtype
 from train.checkpoint import CheckpointError
 from train.logs import plain_messages
-from train.runtime import DeviceError, choose_device, compilation_cache
+from train.runtime import DeviceError, choose_device, compilation_cache, device_facts
 
 
 class Config(RecipeConfig):
@@ -42,15 +44,21 @@ class Config(RecipeConfig):
     samples: int = Field(1, ge=1, description="continuations; one is shown as it is drawn, several are drawn together and then shown")
     seed: int = Field(0, ge=0, description="of the draws")
     device: Literal["auto", "cpu", "gpu", "tpu"] = Field("auto", description="where to compute")
+    weights: Literal["auto", "float32", "bfloat16", "int8"] = Field(
+        "auto", description="how the matrices are kept; auto: bfloat16 where the device multiplies it faster, else float32"
+    )
 
 
 def main(config: Config) -> None:
     """Print the prompt and what follows."""
     plain_messages()
-    choose_device(config.device)
+    device = choose_device(config.device)
     compilation_cache()
     model, tokenizer, origin = load(config.model)
-    print(f"[{origin}: {model.n_params:,} parameters]", file=sys.stderr)
+    products = choose_dtype(device_facts(device))
+    weights = products if config.weights == "auto" else config.weights
+    print(f"[{origin}: {model.n_params:,} parameters, as {weights}]", file=sys.stderr)
+    model = lm.quantised(model, products) if weights == "int8" else lm.cast(model, weights)
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     prompt = np.concatenate([np.asarray(start, np.int32), tokenizer.encode(config.prompt)])
     room = model.config.context - len(prompt)

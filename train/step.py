@@ -17,6 +17,7 @@ from lm.base import AbstractLM, leaves_by_path, mark, role
 from lm.flight import Flight, put_on_flight
 from lm.kernels import Ops
 from lm.masks import Facts
+from lm.quant import Quantised
 from train.losses import Loss, next_token, token_log_probs
 from train.optimizers import averaged_by_optimizer, check_patterns, is_meant, map_paths
 from train.settings import Settings
@@ -276,6 +277,8 @@ def make_token_nats(flight: Flight, ops: Ops, chunk: int = 1024) -> Callable[[Ab
         facts = Facts(jnp.asarray(batch.positions), jnp.asarray(batch.segments))
         hidden, _, _ = flying.hidden(jnp.asarray(batch.tokens), facts)
         settings: dict[str, Any] = {"ops": ops, "dtype": jnp.dtype(flight.dtype), "softcap": flying.logit_softcap, "chunk": chunk}
-        return -token_log_probs(hidden, flying.unembedding, jnp.asarray(batch.targets), **settings)
+        unembedding = flying.unembedding
+        matrix = unembedding.unpacked() if isinstance(unembedding, Quantised) else unembedding
+        return -token_log_probs(hidden, matrix, jnp.asarray(batch.targets), **settings)
 
     return lambda model, batch: token_nats(model, jax.tree.map(jnp.asarray, batch))

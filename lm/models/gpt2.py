@@ -22,6 +22,7 @@ from lm.hf import Names, part, transposed
 from lm.hf_config import ConfigReader, refuse_native
 from lm.layers import MLP, Embedding, LayerNorm, Linear, activation_named, dropout
 from lm.masks import Facts
+from lm.quant import Quantised
 
 
 class GPT2Config(BaseModel, frozen=True, extra="forbid"):
@@ -203,7 +204,7 @@ class GPT2(AbstractLM):
         )
 
     @property
-    def unembedding(self) -> Float[Array, "vocab d_model"]:
+    def unembedding(self) -> Float[Array, "vocab d_model"] | Quantised:
         return self.embed.weight if self.unembed is None else self.unembed.weight
 
     @property

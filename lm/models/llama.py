@@ -21,6 +21,7 @@ from lm.cache import LayerCache
 from lm.hf_config import ConfigReader, check_heads, read_rope, refuse_native, write_rope
 from lm.layers import Embedding, GatedMLP, Linear, RMSNorm, dropout
 from lm.masks import Facts
+from lm.quant import Quantised
 
 
 class LlamaConfig(BaseModel, frozen=True, extra="forbid"):
@@ -206,7 +207,7 @@ class Llama(AbstractLM):
         )
 
     @property
-    def unembedding(self) -> Float[Array, "vocab d_model"]:
+    def unembedding(self) -> Float[Array, "vocab d_model"] | Quantised:
         return self.embed.weight if self.unembed is None else self.unembed.weight
 
     @property

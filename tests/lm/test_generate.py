@@ -127,3 +127,21 @@ def test_several_samples_of_a_prompt_are_those_drawn_one_by_one():
         alone = lm.generate(model, [PROMPTS[i // 3]], max_new_tokens=7, sampler=sampler, key=jr.key(3), seeds=[i])
         assert alone == [row]
     assert list(lm.stream(model, PROMPTS[1], max_new_tokens=7, sampler=sampler, key=jr.key(3), seed=4)) == together[4]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_every_backend_draws_the_same_tokens(name):
+    """One row goes through products made for few rows, nine rows through those made for many; prompts of unlike lengths."""
+    model = tiny(name, n_layers=2)
+    for prompts in ([[5, 3, 9]], [list(range(1, 3 + i)) for i in range(9)]):
+        drawn = [lm.generate(model, prompts, max_new_tokens=6, ops=lm.BACKENDS[backend]) for backend in ("reference", "cpu", "xla")]
+        assert drawn[0] == drawn[1] == drawn[2]
+        assert all(len(row) == 6 for row in drawn[0])
+
+
+def test_a_fresh_cache_is_one_nothing_was_written_to():
+    model = tiny("llama", n_layers=1)
+    cache = model.empty_cache((1,), 16)
+    assert cache[0].fresh
+    _, cache, _ = model.hidden(jnp.asarray([[1, 2, 3]]), cache=cache)
+    assert not cache[0].fresh

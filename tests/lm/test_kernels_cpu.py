@@ -14,7 +14,8 @@ from tiny import facts_of, packed_batch, tiny
 
 import lm
 from lm.flight import Flight, put_on_flight
-from lm.kernels_cpu import BLOCK
+from lm.kernels_cpu import BLOCK, FEW, FEW_INT8, SLOTS
+from lm.quant import Quantised
 
 HEAD_DIM, SCALE = 8, 0.3
 ROUNDING = 2e-6  # fp32, over the largest entry: sums of at most 300 terms, taken in another order; measured 6e-7
@@ -135,12 +136,34 @@ def test_bf16_is_no_worse_than_the_reference_in_bf16(seq, window):
     assert all(f < 1.5 * p for f, p in zip(fast, plain, strict=True)), (fast, plain)
 
 
-def test_queries_looking_into_a_cache_go_by_the_reference():
-    _, k, v, _ = inputs(40)
-    q = inputs(3, seed=1)[0]
-    keys = lm.Facts(jnp.arange(40), jnp.where(jnp.arange(40) < 30, 1, -1))
-    queries = lm.Facts(jnp.arange(27, 30), jnp.ones(3, jnp.int32))
-    np.testing.assert_array_equal(CPU(q, k, v, queries, keys, SCALE), REFERENCE(q, k, v, queries, keys, SCALE))
+def cache_facts(slots, written, rows, queries):
+    """A cache that holds `written` tokens in `slots` places, the first few of each row padding, and the facts of the last `queries`."""
+    places = np.arange(slots)
+    padding = np.arange(rows)[:, None]
+    segments = np.where(places >= written, -1, np.where(places < padding, 0, 1))
+    positions = np.maximum(places - padding, 0) * (places < written)
+    facts = [jnp.asarray(x, jnp.int32) for x in (positions, segments)]
+    return lm.Facts(*(x[:, written - queries : written] for x in facts)), lm.Facts(*facts)
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (7, None), (300, 1.5)])
+@pytest.mark.parametrize(("slots", "written", "queries"), [(40, 30, 3), (SLOTS, 200, 1), (2 * SLOTS, SLOTS + 1, 1), (600, 599, 2)])
+def test_queries_looking_into_a_cache_see_what_the_reference_sees(slots, written, queries, window, softcap):
+    _, k, v, _ = inputs(slots, (2,))
+    q = inputs(queries, (2,), seed=1)[0]
+    query_facts, key_facts = cache_facts(slots, written, 2, queries)
+    got, expected = (attention(q, k, v, query_facts, key_facts, SCALE, window, softcap) for attention in (CPU, REFERENCE))
+    assert max(error([got], [expected])) < ROUNDING
+
+
+def test_slots_never_written_are_not_read():
+    slots, written = 4 * SLOTS, SLOTS - 3
+    _, k, v, _ = inputs(slots, (2,))
+    q = inputs(1, (2,), seed=1)[0]
+    k, v = (x.at[..., SLOTS:, :].set(jnp.nan) for x in (k, v))
+    facts = cache_facts(slots, written, 2, 1)
+    assert np.isnan(REFERENCE(q, k, v, *facts, SCALE)).all()  # 0 · NaN
+    assert np.isfinite(CPU(q, k, v, *facts, SCALE)).all()
 
 
 def largest_array(attention, window, seq=512):
@@ -210,3 +233,35 @@ def test_rotation_and_norm_equal_the_reference(rows, dtype, tolerance):
 
         got, expected = (operation_and_gradients(partial(run, ops=ops), arrays, dtype) for ops in (lm.BACKENDS["cpu"], lm.REFERENCE))
         assert max(error(got, expected)) < tolerance, name
+
+
+# ------------------------------------------------------------------------------------------- a few rows
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("rows", [1, FEW - 1, FEW, 19])
+def test_products_of_few_and_of_many_rows_are_the_reference_s_and_so_are_their_gradients(rows, dtype):
+    rng = np.random.default_rng(rows)
+    x, weight, dy = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in ((rows, 24), (40, 24), (rows, 40)))
+    for dtype_out in (None, jnp.float32):
+        results = []
+        for ops in (lm.BACKENDS["cpu"], lm.REFERENCE):
+            y, back = jax.vjp(lambda x, w, ops=ops, out=dtype_out: ops.linear(x, w, out), x, weight)
+            results.append((y, *back(dy.astype(y.dtype))))
+        for one, other in zip(*results, strict=True):
+            assert one.dtype == other.dtype
+            rounding = (
+                ROUNDING if one.dtype == jnp.float32 and dtype == jnp.float32 else 2**-7
+            )  # bf16: half a unit of its last place, and sums
+            np.testing.assert_allclose(np.float32(one), np.float32(other), rtol=0, atol=rounding * np.abs(np.float32(other)).max())
+
+
+@pytest.mark.parametrize("rows", [1, FEW_INT8 - 1, FEW_INT8, 40])
+def test_products_with_int8_are_the_reference_s(rows):
+    rng = np.random.default_rng(rows)
+    weight = Quantised.of(jnp.asarray(rng.standard_normal((40, 24)), jnp.bfloat16))
+    x = jnp.asarray(rng.standard_normal((rows, 24)), jnp.bfloat16)
+    one, other = (ops.linear(x, weight, jnp.float32) for ops in (lm.BACKENDS["cpu"], lm.REFERENCE))
+    assert max(error([one], [other])) < ROUNDING
+    unpacked = x.astype(jnp.float32) @ (weight.values * weight.scales[:, None]).T
+    assert max(error([other], [unpacked])) < ROUNDING

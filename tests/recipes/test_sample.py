@@ -44,3 +44,11 @@ def test_a_bias_and_a_stop_string_end_a_continuation(draw, export):
     text, words = draw(temperature=0.0, logit_bias={token: 1e4}, stop=(Tokenizer.load(export).decode([token, token]),))
     assert text == "def \n"
     assert "stopped by: stop string" in words
+
+
+def test_weights_are_kept_as_asked_and_it_is_said(draw):
+    told = {weights: draw(temperature=0.0, weights=weights) for weights in ("float32", "bfloat16", "int8")}
+    for weights, (text, words) in told.items():
+        assert f"as {weights}]" in words
+        assert len(text) > len("def \n")
+    assert told["float32"][0] == draw(temperature=0.0, weights="float32")[0]
