@@ -52,12 +52,12 @@ class Config(RecipeConfig):
     new: int = Field(128, ge=1, description="decode: tokens drawn after each prompt")
     slots: tuple[int, ...] = Field((384, 2048), description="decode: places of the cache")
     data: str = Field("stdlib", description="pipeline: the corpus, in the words of pretrain_small's --data")
-    widths: tuple[int, ...] = Field((128, 256, 512, 768, 1024), description="growth: d_model; heads and d_ff go along")
-    depths: tuple[int, ...] = Field((2, 4, 8, 12, 16), description="growth: layers")
+    widths: tuple[int, ...] = Field((128, 256, 384, 512, 768, 1024), description="growth: d_model; heads and d_ff go along")
+    depths: tuple[int, ...] = Field((2, 4, 6, 8, 12, 16), description="growth: layers")
     seqs: tuple[int, ...] = Field(
-        (512, 1024, 2048, 4096, 8192), description="growth: tokens of a row, rows fewer to the same tokens a step"
+        (256, 512, 1024, 2048, 4096, 8192), description="growth: tokens of a row, rows fewer to the same tokens a step"
     )
-    batches: tuple[int, ...] = Field((1, 2, 4, 8, 32), description="growth: rows of a batch")
+    batches: tuple[int, ...] = Field((1, 2, 4, 8, 16, 32), description="growth: rows of a batch")
     remats: tuple[RematName, ...] = Field(get_args(RematName), description="memory: what the backward pass recomputes")
     layers: tuple[LayersName, ...] = Field(get_args(LayersName), description="memory: blocks one by one, or as a scan")
     micro_batches: tuple[int, ...] = Field((1, 2, 4), description="memory: pieces a batch is cut into")

@@ -17,10 +17,15 @@ backward pass asks for). Beside them stand the blocks' weights in bf16, 2 bytes 
 for each of a chunk's (fp32, and their gradient in bf16), 6 for each entry of the unembedding (its gradient, and its bf16 copy) and
 8 t d for hidden states and their gradient. Not all of it at the same time: `expected_bytes` takes the fullest moment.
 
-What the compiler gives is more. On CPUs it does by itself, and early, what waits for nothing, so that threads always find work: it copies
-the moments and turns inputs over for the weight gradients while the forward pass still runs. The case `compact` is compiled in the order
-that needs least memory instead. And where blocks run as a loop, remat saves nothing there: the compiler for CPUs drops the barriers that
-keep what is computed again apart from what was computed before, finds the two equal, and keeps the first. As a scan they are two loops.
+What comes out is more, for reasons that are not the formula's:
+
+- On CPUs the compiler does early what waits for nothing, so that threads always find work: it copies the moments, turns inputs over for the
+  weight gradients and makes attention's weights for the backward pass while the forward one still runs. The case `compact` is compiled in
+  the order that needs least memory instead.
+- Where blocks run as a loop, remat saves nothing on a CPU: the compiler there drops the barriers that keep what is computed again apart
+  from what was computed before, finds the two equal, and keeps the first. As a scan they are two loops, which it cannot merge.
+- As a scan without remat, it takes the widening of what was kept in bf16 out of the loop, and so holds all layers' in fp32 as well.
+- The linear maps of the `cpu` backend, with their own backward pass, hide their products from the policy `dots`, which then is `full`.
 """
 
 import statistics
@@ -133,8 +138,8 @@ def figures_of(size: dict[str, int], remat: RematName, pieces: int, facts: dict[
 
 
 def draw_memory(memory: dict[str, Any], folder: Path) -> Path:
-    """For each case two bars: by formula, in colours; as compiled, arguments and temporary memory; a line for what the process really held,
-    less what it held before there was a model."""
+    """For each case two bars: by formula, in colours; as compiled, arguments and temporary memory; a line for what the process really held
+    while it took steps, less what it held before there was a model: the compiled program itself is in it."""
     figure, panels = plt.subplots(1, len(memory), figsize=(1 + 6.5 * len(memory), 6), layout="constrained", squeeze=False)
     colours = plt.get_cmap("tab10")
     for (size, found), axes in zip(memory.items(), panels.flat, strict=True):
@@ -155,7 +160,9 @@ def draw_memory(memory: dict[str, Any], folder: Path) -> Path:
         axes.set(xlabel="MB", ylabel="case, micro-batches", title=f"a step of {size}: by formula (above), as compiled (below)")
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize="small", frameon=False)
+    figure.legend(
+        *panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3 * len(memory), fontsize="small", frameon=False
+    )
     path = folder / "memory.png"
     figure.savefig(path, dpi=140)
     plt.close(figure)
