@@ -45,19 +45,12 @@ from recipes.benchmark_workers import all_of, in_turns, ours, together
 
 LOSS_CHUNK = 1024  # tokens unembedded at a time, as `recipes.benchmark_ours` sets it
 
-# XLA ends a process for a flag it does not know: these releases of jaxlib know this one.
+# XLA ends a process for a flag it does not know; these releases of jaxlib know this one.
 COMPACT = {"XLA_FLAGS": "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-COMPACT_SINCE = {"0.10", "0.12"}
+COMPACT_RELEASES = {"0.10", "0.12"}
 
-
-PURPOSES = (
-    "parameters",
-    "moments",
-    "bf16 weights",
-    "activations",
-    "gradients",
-    "loss or block",
-)  # in the picture, where a batch is too small
+# What the picture shows; a batch is too small to be seen.
+PURPOSES = ("parameters", "moments", "bf16 weights", "activations", "gradients", "loss or block")
 
 
 def expected_bytes(size: dict[str, int], remat: RematName, micro_batches: int) -> dict[str, int]:
@@ -116,7 +109,7 @@ def cases(config: Config, size: dict[str, int]) -> list[Case]:
                 changes = {"layers": layers, "remat": remat, "micro_batches": pieces}
                 if (layers, remat, pieces) != ("loop", "none", 1):
                     found.append((remat if layers == "loop" else f"scan-{remat}", remat, pieces, changes, {}))
-    if "loop" in config.layers and ".".join(metadata.version("jaxlib").split(".")[:2]) in COMPACT_SINCE:
+    if "loop" in config.layers and ".".join(metadata.version("jaxlib").split(".")[:2]) in COMPACT_RELEASES:
         found.append(("compact", "none", 1, {}, COMPACT))
     return found
 

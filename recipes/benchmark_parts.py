@@ -17,7 +17,7 @@ from recipes.benchmark_config import SIZES, Config, spec_of, tokens_of
 from recipes.benchmark_workers import ROOT, all_of, in_turns, median_of, ours, together, users_environment
 from train.logs import progress
 
-UNCHECKED = {"JAXTYPING_DISABLE": "1"}  # an environment in which shapes are not checked
+CHECKED, UNCHECKED = {"JAXTYPING_DISABLE": "0"}, {"JAXTYPING_DISABLE": "1"}  # environments in which shapes are checked, and are not
 
 
 def measure_pipeline(config: Config, figures: dict[str, Any]) -> None:
@@ -83,7 +83,7 @@ def measure_trace(config: Config, figures: dict[str, Any]) -> None:
     user waits for, and once more in the same one. Then the steps themselves, which should not tell."""
     size = config.sizes[0]
     logger.info(f"trace of a step of {size}, with shape checks and without")
-    environs: dict[str, dict[str, str]] = {"checked": {}, "unchecked": UNCHECKED}
+    environs: dict[str, dict[str, str]] = {"checked": CHECKED, "unchecked": UNCHECKED}
     first: dict[str, list[float]] = {name: [] for name in environs}
     again: dict[str, list[float]] = {name: [] for name in environs}
     with progress("trace", config.rounds) as told:
