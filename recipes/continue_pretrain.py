@@ -67,7 +67,7 @@ from train.loop import interruptible, nats_by_document, steps
 from train.optimizers import OptimizerConfig, ScheduleConfig, build_optimizer, learning_rate
 from train.pictures import plot_forgetting
 from train.publish import export
-from train.runtime import choose_device, compilation_cache, memory_in_use, peak_flops
+from train.runtime import choose_device, compilation_cache, device_facts, memory_in_use, peak_flops
 from train.step import StepConfig, TrainState, init_state, make_step, make_token_nats
 
 # ------------------------------------------------------------------------------------------- config
@@ -129,7 +129,7 @@ def run(config: Config, folder: Path) -> None:
     seq = config.seq or min(shape.context, 1024)
     if seq > shape.context:
         raise ValueError(f"--seq {seq} is more than the context of this model, {shape.context}")
-    ops, flight = choose_flight(config, device, n_layers=shape.n_layers, head_dim=shape.head_dim, seq=seq)
+    ops, flight = choose_flight(config, device_facts(device), n_layers=shape.n_layers, head_dim=shape.head_dim, seq=seq)
     tokenizer.save(folder / "tokenizer", model_max_length=shape.context)
     logger.info(f"model: {origin}, {shape.model_type}, {model.n_params:,} parameters, context {shape.context}; rows of {seq} tokens")
     logger.info(f"on {device.device_kind}: kernels {ops.name}, {flight.dtype}, layers as a {flight.layers}, remat {flight.remat}")
@@ -163,8 +163,8 @@ def run(config: Config, folder: Path) -> None:
         return init_state(own, optimizer, frozen=config.optimizer.frozen, average=config.average.name != "none")
 
     abstract_state = jax.eval_shape(fresh_state)
-    step = make_step(optimizer, config.step, flight, ops, dropout_key, donate=not config.debug_nans)
-    step = debug_nans(step) if config.debug_nans else step
+    compiled = make_step(optimizer, config.step, flight, ops, dropout_key, donate=not config.debug_nans)
+    step = debug_nans(compiled) if config.debug_nans else compiled
     token_nats = make_token_nats(flight, ops, config.step.loss_chunk)
     if not config.resume:
         save_config(config, folder)  # from here on there is a run to resume

@@ -1,10 +1,13 @@
 """A corpus in the hands of a recipe: said in words, and encoded once for all runs."""
 
+from dataclasses import replace
+from hashlib import sha256
 from typing import Any
 
 from loguru import logger
 
 from data.cache import TokenCache
+from data.mixture import mixed_source
 from data.rows import MixedRows, Mixture, OnEnd, Rows
 from data.sources import Source
 from data.tokenizer import Tokenizer
@@ -25,6 +28,26 @@ def describe_source(source: Source) -> None:
         logger.info("left out or changed: " + ", ".join(f"{count:,} {what}" for what, count in counts.items() if count))
 
 
+def fewer_held_out(source: Source, most: int) -> Source:
+    """The source with at most `most` held-out documents (of each part of a mixture), evenly spaced; the others are left out of everything.
+    It is a corpus of its own, with a `sha256` of its own."""
+    if source.parts:
+        return mixed_source(source.record["spec"], [replace(part, source=fewer_held_out(part.source, most)) for part in source.parts])
+    documents, record = len(source.held_out), source.record
+    if documents <= most:
+        return source
+    every = documents // most
+    kept = source.held_out[: most * every : every]
+    changed = {
+        "sha256": sha256(f"{record['sha256']} held out: {most}".encode()).hexdigest(),
+        "held_out_rule": f"{record['held_out_rule']}, of these {most:,} evenly spaced",
+        "held_out_documents": most,
+        "held_out_bytes": sum(len(document["text"].encode()) for document in kept),
+        "held_out_documents_left_out": documents - most,
+    }
+    return replace(source, held_out=kept, record=record | changed)
+
+
 LEFT_OUT = (
     "empty_documents",
     "blank_lines",
@@ -32,6 +55,7 @@ LEFT_OUT = (
     "invalid_documents_replaced",
     "characters_replaced",
     "null_texts",
+    "held_out_documents_left_out",
 )
 
 

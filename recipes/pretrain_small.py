@@ -17,9 +17,10 @@ swept.
 """
 
 import time
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import jax
 import jax.random as jr
@@ -33,9 +34,10 @@ from data.pipeline import batch_at, evaluation_batches, train_batches
 from data.rows import OnEnd, describe_rows, training_rows
 from data.sources import Source, open_source
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from lm.flight import Flight
 from lm.models.qwen3 import Qwen3Config
 from recipes.command_line import claimed, fail, how_to_resume, parse, resumable
-from recipes.corpus import describe_mixture, describe_packing, describe_source, encode, encode_training
+from recipes.corpus import describe_mixture, describe_packing, describe_source, encode, encode_training, fewer_held_out
 from recipes.report import bits_of, draw_curves, heads, judge_samples, measure, nats_of, one_sample, show, xz_yardsticks
 from recipes.running import (
     ENDS_IN_WORDS,
@@ -58,21 +60,26 @@ from train.loop import interruptible, nats_by_document, steps
 from train.optimizers import OptimizerConfig, ScheduleConfig, build_optimizer, learning_rate
 from train.pictures import plot_update_ratios
 from train.publish import export
-from train.runtime import choose_device, compilation_cache, memory_in_use, peak_flops
-from train.step import StepConfig, TrainState, init_state, make_step, make_token_nats
+from train.runtime import choose_device, compilation_cache, device_facts, memory_in_use, peak_flops
+from train.step import CompiledStep, StepConfig, TrainState, init_state, make_step, make_token_nats
 
 # ------------------------------------------------------------------------------------------- config
 
 
-class Config(RunConfig):
-    """Everything that makes the run what it is. Presets set the sizes."""
+class Experiment(RunConfig):
+    """Everything that makes the run what it is. `pretrain_124m` and `pretrain_1b` are the same with other values."""
 
-    preset: Literal["1m", "4m", "14m", "30m", "60m"] = Field("4m", description="sizes of model and batch, by parameter count")
     data: str = Field(
         "stdlib", description="the corpus: stdlib, a folder, a file (text, jsonl, parquet), hf://owner/name/split, or a mixture A:0.7,B:0.3"
     )
     on_end: OnEnd = Field("repeat", description="what a part of a mixture does after its last row: begin again, or stop the run")
     on_invalid_utf8: Literal["error", "replace", "skip"] = Field("error", description="what to do with a document that is not UTF-8")
+    held_out_documents: int | None = Field(
+        None, ge=1, description="held-out documents measured, evenly spaced; the others are left out of everything. None: all"
+    )
+    tokenizer_documents: int | None = Field(
+        None, ge=1, description="training documents that the tokenizer is learned from, evenly spaced; None: all"
+    )
     vocab: int = Field(4096, ge=256 + len(SPECIAL_TOKENS), description="tokens of the vocabulary to be learned, special ones included")
     d_model: int = Field(256, gt=0, description="width of the residual stream")
     n_layers: int = Field(4, gt=0, description="blocks")
@@ -96,7 +103,7 @@ class Config(RunConfig):
     report_samples: int = resumable(64, ge=0, description="samples judged at the end")
 
     @model_validator(mode="after")
-    def _fits_together(self) -> "Config":
+    def _fits_together(self) -> Self:
         if self.d_model % self.n_heads:
             raise ValueError(f"d_model ({self.d_model}) must be a multiple of n_heads ({self.n_heads}): a head is d_model / n_heads wide")
         self.model_config_of(self.vocab)  # raises where heads cannot be grouped
@@ -123,6 +130,12 @@ class Config(RunConfig):
         )
 
 
+class Config(Experiment):
+    """The experiment in sizes for a laptop."""
+
+    preset: Literal["1m", "4m", "14m", "30m", "60m"] = Field("4m", description="sizes of model and batch, by parameter count")
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     "1m": {"vocab": 2048, "d_model": 128, "n_layers": 4, "n_heads": 2, "n_kv_heads": 2, "d_ff": 352, "seq": 256, "batch": 8},
     "4m": {},
@@ -134,24 +147,26 @@ PRESETS: dict[str, dict[str, Any]] = {
 # ------------------------------------------------------------------------------------------- main
 
 
-def main(config: Config) -> Path:
-    """The whole experiment. Returns the run folder."""
+def main(config: Experiment, recipe: str = "pretrain_small") -> Path:
+    """The whole experiment, by the name of the recipe whose values these are. Returns the run folder."""
     plain_messages()
-    folder = config.run_dir or Path("runs") / f"pretrain_small-{datetime.now():%Y%m%d-%H%M%S}"
-    with claimed(folder, "pretrain_small"), words_kept(folder):
-        run(config, folder)
+    folder = config.run_dir or Path("runs") / f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
+    with claimed(folder, recipe), words_kept(folder):
+        run(config, folder, recipe)
     return folder
 
 
-def run(config: Config, folder: Path) -> None:
+def run(config: Experiment, folder: Path, recipe: str) -> None:
     """Corpus, tokenizer, model, loop, report, in this order."""
     device = choose_device(config.device)
-    ops, flight = choose_flight(config, device, n_layers=config.n_layers, head_dim=config.d_model // config.n_heads, seq=config.seq)
+    ops, flight = flight_of(config, device_facts(device))
     compilation_cache()
     check_start(config, folder)
 
     # Corpus, tokenizer, tokens on disk.
     source = open_source(config.data, on_invalid_utf8=config.on_invalid_utf8)
+    if config.held_out_documents is not None:
+        source = fewer_held_out(source, config.held_out_documents)
     describe_source(source)
     tokenizer = train_or_load_tokenizer(config, source, folder / "tokenizer")
     train_tokens = encode_training(source, tokenizer, config.on_end)
@@ -167,18 +182,11 @@ def run(config: Config, folder: Path) -> None:
 
     # Model, optimizer, step.
     model_config = config.model_config_of(tokenizer.vocab_size)
-    optimizer = build_optimizer(config.optimizer)
-    model_key, dropout_key = jr.split(jr.key(config.seed))
-
-    def fresh_state() -> TrainState:
-        model = lm.build(model_config, key=model_key)
-        return init_state(model, optimizer, frozen=config.optimizer.frozen, average=config.average.name != "none")
-
+    fresh_state, compiled = beginning(config, model_config, flight, ops)
     abstract = jax.eval_shape(fresh_state)
     n_params = sum(leaf.size for leaf in jax.tree.leaves(abstract.model))
     n_trained = sum(leaf.size for leaf in jax.tree.leaves(abstract.trainable))
-    step = make_step(optimizer, config.step, flight, ops, dropout_key, donate=not config.debug_nans)
-    step = debug_nans(step) if config.debug_nans else step
+    step = debug_nans(compiled) if config.debug_nans else compiled
     token_nats = make_token_nats(flight, ops, config.step.loss_chunk)
     frozen = f" ({n_params - n_trained:,} of them frozen)" if n_trained < n_params else ""
     logger.info(f"model: {n_params:,} parameters{frozen}, {config.n_layers} layers, d_model {config.d_model}, context {config.seq}")
@@ -211,7 +219,8 @@ def run(config: Config, folder: Path) -> None:
 
     # The loop.
     rate, rate_of_average = learning_rate(config.schedule, config.steps), average_rate(config.average, config.steps)
-    validation = list(evaluation_batches(held_out, batch=config.batch, seq=config.seq, stride=config.seq, max_rows=config.validate_rows))
+    at_once = config.batch // config.step.micro_batches  # rows that memory holds in training
+    validation = list(evaluation_batches(held_out, batch=at_once, seq=config.seq, stride=config.seq, max_rows=config.validate_rows))
     prompts = heads(source, tokenizer, seq=config.seq)
 
     def judged(state: TrainState) -> Any:
@@ -221,11 +230,11 @@ def run(config: Config, folder: Path) -> None:
 
     with Checkpoints(folder / "checkpoints", keep_latest=config.keep_latest) as checkpoints:
         state, start, record = restore(checkpoints, abstract, identity, config.steps) or (fresh_state(), 0, {"train_s": 0.0})
-        manifest["sessions"] = begin_session("pretrain_small", folder, config, start, session_facts(device, ops, flight, peak))
+        manifest["sessions"] = begin_session(recipe, folder, config, start, session_facts(device, ops, flight, peak))
         write_json(folder / "manifest.json", manifest)
         begin = time.monotonic() - record["train_s"]
         with (
-            trackers_of(config, folder, "pretrain_small", start + 1) as trackers,
+            trackers_of(config, folder, recipe, start + 1) as trackers,
             RunLog(folder, total_steps=config.steps, start_step=start + 1, trackers=trackers) as log,
             train_batches(train_tokens, **packing, start_step=start, stop_step=config.steps) as batches,
             interruptible() as interrupt,
@@ -272,13 +281,13 @@ def run(config: Config, folder: Path) -> None:
                         checkpoints.save(done, state.items(), record, metric=val_loss)
                     if interrupt.due(done):
                         checkpoints.wait()
-                        resume = how_to_resume(folder, "pretrain_small")
+                        resume = how_to_resume(folder, recipe)
                         log.message(f"stopped at step {done} of {config.steps}, everything saved. Go on with:\n  {resume}")
                         raise SystemExit(interrupt.exit_status)
 
     # What came of it.
     logger.info("measuring on all held-out text")
-    sizes = {"batch": 2 * config.batch, "seq": config.seq}
+    sizes = {"batch": 2 * at_once, "seq": config.seq}
     results = measure(judged(state), token_nats, source, held_out, **sizes)
     if state.averaged is not None:
         other, name = (state.model, "as trained") if config.average.use else (state.averaged, "averaged")
@@ -286,7 +295,7 @@ def run(config: Config, folder: Path) -> None:
         results["bits_per_byte_other_weights"] = {name: bits_of(held_out, nats, range(len(held_out)))}
         results["weights"] = "averaged" if config.average.use else "as trained"
     results |= xz_yardsticks(source)
-    title = f"{config.preset} on {source.name}"
+    title = f"{n_params / 1e6:,.0f}M parameters on {source.name}"
     draw_curves(folder, results, title)
     plot_update_ratios(folder / "metrics.jsonl", folder / "update_ratios.png", title=title)
     speeds = [line["tokens_per_s"] for line in read_metrics(folder / "metrics.jsonl") if "tokens_per_s" in line]
@@ -302,12 +311,32 @@ def run(config: Config, folder: Path) -> None:
     show(results, folder, samples)
 
 
-def train_or_load_tokenizer(config: Config, source: Source, folder: Path) -> Tokenizer:
+def flight_of(config: Experiment, device: Mapping[str, Any]) -> tuple[lm.Ops, Flight]:
+    """Kernels and flight for a device with these facts."""
+    return choose_flight(config, device, n_layers=config.n_layers, head_dim=config.d_model // config.n_heads, seq=config.seq)
+
+
+def beginning(config: Experiment, model_config: Qwen3Config, flight: Flight, ops: lm.Ops) -> tuple[Callable[[], TrainState], CompiledStep]:
+    """How to make the first state, and the step. `recipes.plan` compiles the same for a card that is not there."""
+    optimizer = build_optimizer(config.optimizer)
+    model_key, dropout_key = jr.split(jr.key(config.seed))
+
+    def fresh_state() -> TrainState:
+        model = lm.build(model_config, key=model_key)
+        return init_state(model, optimizer, frozen=config.optimizer.frozen, average=config.average.name != "none")
+
+    return fresh_state, make_step(optimizer, config.step, flight, ops, dropout_key, donate=not config.debug_nans)
+
+
+def train_or_load_tokenizer(config: Experiment, source: Source, folder: Path) -> Tokenizer:
     """Trained once a run, on the training documents alone."""
     if config.resume:
         return Tokenizer.load(folder)
-    logger.info(f"training a tokenizer of {config.vocab:,} tokens")
-    tokenizer = Tokenizer.train((source.train[i]["text"] for i in range(len(source.train))), config.vocab)  # one text in memory at a time
+    documents = len(source.train)
+    taken = min(documents, config.tokenizer_documents or documents)
+    logger.info(f"training a tokenizer of {config.vocab:,} tokens on {taken:,} documents")
+    texts = (source.train[i * documents // taken]["text"] for i in range(taken))  # one text in memory at a time
+    tokenizer = Tokenizer.train(texts, config.vocab)
     tokenizer.save(folder, model_max_length=config.seq)
     return tokenizer
 

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -70,9 +70,9 @@ class RunConfig(RecipeConfig):
         return backend
 
 
-def choose_flight(config: RunConfig, device: jax.Device, *, n_layers: int, head_dim: int, seq: int) -> tuple[lm.Ops, Flight]:
-    """Kernels, dtype and layer loop for this device, unless the user named them. What is chosen is printed and recorded."""
-    facts = device_facts(device)
+def choose_flight(config: RunConfig, facts: Mapping[str, Any], *, n_layers: int, head_dim: int, seq: int) -> tuple[lm.Ops, Flight]:
+    """Kernels, dtype and layer loop for a device (its `device_facts`), unless the user named them. What is chosen is printed and
+    recorded."""
     dtype = config.dtype if config.dtype != "auto" else choose_dtype(facts)
     layers = config.layers if config.layers != "auto" else "scan" if n_layers > 12 else "loop"
     backend = choose_backend(facts, dtype=dtype, head_dim=head_dim, seq=seq, asked=config.backend)

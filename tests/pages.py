@@ -123,6 +123,7 @@ def flags_of(recipe: str) -> set[str]:
     """The flags of a recipe, those of its nested configs by their first part."""
     module = importlib.import_module(f"recipes.{recipe}")
     parsed = {"--config"} if hasattr(module, "parse") else set()  # `recipes.command_line.parse` knows it beside the fields
+    parsed = parsed.union(*map(flags_of, getattr(module, "RECIPES", ())))  # `recipes.plan` takes those of the recipe that it is of
     return {f"--{name.replace('_', '-')}" for name in module.Config.model_fields} | {"--help"} | parsed
 
 

@@ -149,7 +149,7 @@ def make_step(
     dropout_key: Key[Array, ""],
     *,
     donate: bool = True,
-) -> Step:
+) -> "CompiledStep":
     """`step(state, batch, learning_rate, average_rate=0.0) -> (state, metrics)`, compiled at its first call. The state passed in is donated
     (unless `donate` is false): use the one returned.
 
