@@ -21,9 +21,10 @@ What comes out is more, for reasons that are not the formula's:
 
 - On CPUs the compiler does early what waits for nothing, so that threads always find work: it copies the moments, turns inputs over for the
   weight gradients and makes attention's weights for the backward pass while the forward one still runs. The case `compact` is compiled in
-  the order that needs least memory instead.
-- Where blocks run as a loop, remat saves nothing on a CPU: the compiler there drops the barriers that keep what is computed again apart
-  from what was computed before, finds the two equal, and keeps the first. As a scan they are two loops, which it cannot merge.
+  the order that needs least memory instead, which is what `train.runtime` asks jaxlib 0.12 for anyway.
+- Where blocks run as a loop, remat saves nothing on a CPU with jaxlib 0.10: the compiler drops the barriers that keep what is computed
+  again apart from what was computed before, finds the two equal, and keeps the first. As a scan they are two loops, which it cannot merge;
+  so `--layers auto` scans. jaxlib 0.12 does it right.
 - As a scan without remat, it takes the widening of what was kept in bf16 out of the loop, and so holds all layers' in fp32 as well.
 - The linear maps of the `cpu` backend, with their own backward pass, hide their products from the policy `dots`, which then is `full`.
 """
@@ -47,7 +48,7 @@ LOSS_CHUNK = 1024  # tokens unembedded at a time, as `recipes.benchmark_ours` se
 
 # XLA ends a process for a flag it does not know; these releases of jaxlib know this one.
 COMPACT = {"XLA_FLAGS": "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-COMPACT_RELEASES = {"0.10", "0.12"}
+COMPACT_RELEASES = {"0.10"}  # of jaxlib that do not have it by default (`train.runtime`)
 
 # What the picture shows; a batch is too small to be seen.
 PURPOSES = ("parameters", "moments", "bf16 weights", "activations", "gradients", "loss or block")

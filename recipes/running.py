@@ -47,7 +47,9 @@ class RunConfig(RecipeConfig):
         "auto",
         description="operands of matrix products; masters stay float32. float32 on a GPU or TPU means its default: TF32, or bf16 passes",
     )
-    layers: Literal["auto", "loop", "scan"] = resumable("auto", description="blocks one by one or as a scan; auto: scan above 12 layers")
+    layers: Literal["auto", "loop", "scan"] = resumable(
+        "auto", description="blocks one by one or as a scan; auto: scan above 12 layers, and on a CPU with remat"
+    )
     remat: Literal["none", "dots", "full"] = resumable("none", description="what the backward pass recomputes to save memory")
     save_every: int = resumable(200, ge=1, description="steps between checkpoints")
     validate_every: int = resumable(100, ge=1, description="steps between looks at the held-out loss")
@@ -74,7 +76,8 @@ def choose_flight(config: RunConfig, facts: Mapping[str, Any], *, n_layers: int,
     """Kernels, dtype and layer loop for a device (its `device_facts`), unless the user named them. What is chosen is printed and
     recorded."""
     dtype = config.dtype if config.dtype != "auto" else choose_dtype(facts)
-    layers = config.layers if config.layers != "auto" else "scan" if n_layers > 12 else "loop"
+    merged = facts["platform"] == "cpu" and config.remat != "none"  # XLA for CPUs may merge a loop's second pass with its first
+    layers = config.layers if config.layers != "auto" else "scan" if n_layers > 12 or merged else "loop"
     backend = choose_backend(facts, dtype=dtype, head_dim=head_dim, seq=seq, asked=config.backend)
     return lm.BACKENDS[backend], Flight(layers=layers, remat=config.remat, dtype=dtype)
 

@@ -42,7 +42,10 @@ _AVX512 = (
     "--xla_cpu_experimental_ynn_fusion_type=-reduce",
     "--xla_disable_hlo_passes=tree_reduction_rewriter",
 )
-XLA_FLAGS = {(0, 10): _AVX512, (0, 12): _AVX512}
+# By default XLA orders a CPU's operations so that threads always find work, and so makes early what is wanted late. In the order that needs
+# least memory a step of jaxlib 0.12 holds a sixth to a third less and is no slower (best times 4 % less); in 0.10 it was not faster.
+_COMPACT = "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
+XLA_FLAGS = {(0, 10): _AVX512, (0, 12): (*_AVX512, _COMPACT)}
 
 _PREPARED, _NO_PREPARE = "ZMAJ_PREPARED", "ZMAJ_NO_PREPARE"
 
