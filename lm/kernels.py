@@ -172,10 +172,13 @@ def _cpu_attention(
     *,
     key: Array | None = None,
 ) -> Array:
-    """The blocked kernel where a row looks at itself, as in training; another where queries look into a cache, told by there being more
-    keys than queries. (A prompt that fills its cache to the last slot is again a row that looks at itself.)"""
+    """The blocked kernel where a row looks at itself, as in training. Where queries look into a cache, told by there being more keys than
+    queries, a loop over the slots that were written, if there are many; for a few the reference is faster. (A prompt that fills its cache
+    to the last slot is again a row that looks at itself.)"""
     _refuse_dropout("cpu", dropout, key)
     if q.shape[-2] != k.shape[-2]:
+        if k.shape[-2] <= 2 * kernels_cpu.SLOTS:
+            return attention(q, k, v, query_facts, key_facts, scale, window, softcap)
         return kernels_cpu.cached_attention(q, k, v, query_facts, key_facts, scale, window, softcap)
     return kernels_cpu.attention(q, k, v, query_facts.segments, scale, window, softcap)
 

@@ -147,7 +147,7 @@ def cache_facts(slots, written, rows, queries):
 
 
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (7, None), (300, 1.5)])
-@pytest.mark.parametrize(("slots", "written", "queries"), [(40, 30, 3), (SLOTS, 200, 1), (2 * SLOTS, SLOTS + 1, 1), (600, 599, 2)])
+@pytest.mark.parametrize(("slots", "written", "queries"), [(40, 30, 3), (600, 599, 2), (3 * SLOTS, 200, 1), (4 * SLOTS, SLOTS + 1, 1)])
 def test_queries_looking_into_a_cache_see_what_the_reference_sees(slots, written, queries, window, softcap):
     _, k, v, _ = inputs(slots, (2,))
     q = inputs(queries, (2,), seed=1)[0]
