@@ -124,7 +124,10 @@ def flags_of(recipe: str) -> set[str]:
     module = importlib.import_module(f"recipes.{recipe}")
     parsed = {"--config"} if hasattr(module, "parse") else set()  # `recipes.command_line.parse` knows it beside the fields
     parsed = parsed.union(*map(flags_of, getattr(module, "RECIPES", ())))  # `recipes.plan` takes those of the recipe that it is of
-    return {f"--{name.replace('_', '-')}" for name in module.Config.model_fields} | {"--help"} | parsed
+    renamed = {
+        name: [mark.name for mark in field.metadata if getattr(mark, "name", None)] for name, field in module.Config.model_fields.items()
+    }
+    return {f"--{(other or [name])[0].replace('_', '-')}" for name, other in renamed.items()} | {"--help"} | parsed
 
 
 def unknown_flags(text: str) -> list[str]:

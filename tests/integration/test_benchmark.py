@@ -88,6 +88,7 @@ def test_a_run_writes_figures_under_stable_names(tmp_path):
     assert "train: already measured" in output
 
 
+@pytest.mark.heavy
 def test_all_that_surrounds_the_step_is_measured_too(tmp_path):
     parts = ["pipeline", "checkpoint", "trace", "imports", "growth", "memory"]
     arguments = ["--parts", *parts, "--sizes", "T", "--rounds", "1", "--steps", "1", "--data", corpus(tmp_path / "texts")]

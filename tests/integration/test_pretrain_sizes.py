@@ -15,7 +15,7 @@ TINY = [
 ]
 
 
-@pytest.mark.parametrize("recipe", ["pretrain_124m", "pretrain_1b"])
+@pytest.mark.parametrize("recipe", ["pretrain_124m", pytest.param("pretrain_1b", marks=pytest.mark.heavy)])
 def test_a_recipe_runs_to_its_export_and_is_resumed_by_its_name(recipe, tmp_path):
     arguments = [*TINY, "--data", corpus(tmp_path / "corpus"), "--run-dir", tmp_path / "run"]
     status, output = run(arguments, tmp_path / "cache", recipe)
