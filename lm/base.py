@@ -24,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
 from lm.cache import LayerCache
-from lm.kernels import linear, soft_cap
+from lm.kernels import REFERENCE, Ops, soft_cap
 from lm.masks import Facts, default_facts
 from lm.quant import Quantised
 
@@ -85,9 +85,9 @@ class AbstractLM(eqx.Module, is_abstract=True):
         """Logits never pass ± this (Gemma 2, arXiv:2408.00118, section 2); `None`: they may."""
         return None
 
-    def logits(self, hidden: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:
-        """Scores of every token in fp32."""
-        scores = linear(hidden.astype(self.unembedding.dtype), self.unembedding).astype(jnp.float32)
+    def logits(self, hidden: Float[Array, "*batch d_model"], ops: Ops = REFERENCE) -> Float[Array, "*batch vocab"]:
+        """Scores of every token in fp32, never rounded to the weights' dtype."""
+        scores = ops.linear(hidden.astype(self.unembedding.dtype), self.unembedding, jnp.float32)
         return scores if self.logit_softcap is None else soft_cap(scores, self.logit_softcap)
 
     def __call__(

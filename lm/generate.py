@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from lm.base import AbstractLM
-from lm.kernels import BACKENDS, REFERENCE, Ops, soft_cap, with_ops
+from lm.kernels import BACKENDS, REFERENCE, Ops, with_ops
 from lm.masks import PADDING, Facts
 
 PROMPT_ROUNDING = 32  # tokens; prompts are padded to a multiple
@@ -127,7 +127,7 @@ def prefill(
     positions = jnp.arange(seq)[None] - (seq - lengths)[:, None]
     facts = Facts(jnp.maximum(positions, 0).astype(jnp.int32), jnp.where(positions < 0, PADDING, 1).astype(jnp.int32))
     hidden, cache, _ = model.hidden(tokens, facts, model.empty_cache((batch,), slots, dtype))
-    logits = _logits(model, hidden[:, -1], ops)
+    logits = model.logits(hidden[:, -1], ops)
     seen = None
     if penalised:  # padding is token 0 in the array, but stands for nothing
         seen = jnp.zeros(logits.shape, bool).at[jnp.arange(batch)[:, None], tokens].max(positions >= 0)
@@ -170,7 +170,7 @@ def decode(
         facts = Facts(state.positions[:, None], jnp.ones((batch, 1), jnp.int32))
         hidden, cache, _ = flying.hidden(token[:, None], facts, state.cache)
         seen = None if state.seen is None else state.seen.at[jnp.arange(batch), token].set(True)
-        state = Decoding(cache, _logits(flying, hidden[:, -1], ops), state.positions + 1, stopped, state.keys, state.drawn + 1, seen)
+        state = Decoding(cache, flying.logits(hidden[:, -1], ops), state.positions + 1, stopped, state.keys, state.drawn + 1, seen)
         return i + 1, state, out
 
     carry = (jnp.zeros((), jnp.int32), state, jnp.full((batch, most), -1, jnp.int32))
@@ -294,9 +294,3 @@ def _ops(asked: Ops | None) -> Ops:
     if asked is not None:
         return asked
     return BACKENDS["cpu"] if jax.default_backend() == "cpu" else REFERENCE
-
-
-def _logits(model: AbstractLM, hidden: Float[Array, "batch d_model"], ops: Ops) -> Float[Array, "batch vocab"]:
-    """`model.logits` by a backend."""
-    scores = ops.linear(hidden.astype(model.unembedding.dtype), model.unembedding, jnp.float32)
-    return scores if model.logit_softcap is None else soft_cap(scores, model.logit_softcap)
