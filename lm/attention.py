@@ -1,6 +1,6 @@
 """Multi-head attention with grouped keys (MHA and GQA), RoPE, optional norms on queries and keys, and a cache."""
 
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from lm.masks import Facts, check_window
 
 
 class Attention(eqx.Module):
-    """softmax(q kᵀ / √head_dim) v over the places the facts allow, between four linear maps.
+    """softmax(scale · q kᵀ) v over the places the facts allow, between four linear maps.
 
     `key` is for the dropout of attention probabilities; `None` means evaluation, whatever the rate.
     """
@@ -25,11 +25,12 @@ class Attention(eqx.Module):
     k_proj: Linear  # d_model → kv_heads · head_dim
     v_proj: Linear  # d_model → kv_heads · head_dim
     o_proj: Linear  # heads · head_dim → d_model
-    q_norm: RMSNorm | None  # over head_dim, before RoPE (Qwen3; Dehghani et al. 2023, arXiv:2302.05442); None: no norm
-    k_norm: RMSNorm | None
+    q_norm: RMSNorm | None  # before RoPE, over head_dim (Qwen3; Dehghani et al. 2023, arXiv:2302.05442) or over all heads together (OLMo 2)
+    k_norm: RMSNorm | None  # None: no norm
     n_kv_heads: int = eqx.field(static=True)  # for the cache: wrappers such as LoRA hide the weights' shapes
     head_dim: int = eqx.field(static=True)  # the arrays cannot tell where one head ends
     window: int | None = eqx.field(static=True, default=None)  # positions a query sees, itself included; None: all
+    scale: float | None = eqx.field(static=True, default=None)  # of scores; None: 1 / √head_dim
     softcap: float | None = eqx.field(static=True, default=None)  # scores never pass ±softcap; None: they may
     dropout: float = eqx.field(static=True, default=0.0)  # of attention probabilities, where a key is given
     ops: Ops = eqx.field(static=True, default=REFERENCE)
@@ -45,23 +46,29 @@ class Attention(eqx.Module):
         out_std: float,
         key: Key[Array, ""],
         bias: bool = False,
+        out_bias: bool | None = None,
         qk_norm_eps: float | None = None,
+        qk_norm_over: Literal["head", "heads"] = "head",
+        scale: float | None = None,
         window: int | None = None,
         softcap: float | None = None,
         dropout: float = 0.0,
     ) -> "Attention":
-        """`out_std` is the standard deviation of `o_proj`; `qk_norm_eps` puts RMSNorms on queries and keys; `bias` is for all four maps."""
+        """`out_std` is the standard deviation of `o_proj`, `out_bias` its bias (`None`: as the three others). `qk_norm_eps` puts RMSNorms on
+        queries and keys: on each head, or on all of them together."""
         q_key, k_key, v_key, o_key = jr.split(key, 4)
+        q_width, k_width = (head_dim, head_dim) if qk_norm_over == "head" else (n_heads * head_dim, n_kv_heads * head_dim)
         return Attention(
             q_proj=Linear.init(d_model, n_heads * head_dim, std=std, key=q_key, bias=bias),
             k_proj=Linear.init(d_model, n_kv_heads * head_dim, std=std, key=k_key, bias=bias),
             v_proj=Linear.init(d_model, n_kv_heads * head_dim, std=std, key=v_key, bias=bias),
-            o_proj=Linear.init(n_heads * head_dim, d_model, std=out_std, key=o_key, bias=bias),
-            q_norm=None if qk_norm_eps is None else RMSNorm.init(head_dim, qk_norm_eps),
-            k_norm=None if qk_norm_eps is None else RMSNorm.init(head_dim, qk_norm_eps),
+            o_proj=Linear.init(n_heads * head_dim, d_model, std=out_std, key=o_key, bias=bias if out_bias is None else out_bias),
+            q_norm=None if qk_norm_eps is None else RMSNorm.init(q_width, qk_norm_eps),
+            k_norm=None if qk_norm_eps is None else RMSNorm.init(k_width, qk_norm_eps),
             n_kv_heads=n_kv_heads,
             head_dim=head_dim,
             window=window,
+            scale=scale,
             softcap=softcap,
             dropout=dropout,
         )
@@ -79,12 +86,9 @@ class Attention(eqx.Module):
         *,
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "*batch seq d_model"], LayerCache | None]:
-        q, k, v = (
-            rearrange(proj(x), "... seq (heads head_dim) -> ... heads seq head_dim", head_dim=self.head_dim)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q = self._heads(self.q_proj(x), self.q_norm)
+        k = self._heads(self.k_proj(x), self.k_norm)
+        v = self._heads(self.v_proj(x), None)
         if facts.rope is not None:
             q, k = self._rotated(q, *facts.rope), self._rotated(k, *facts.rope)
         q, k, v = mark(q, "attn.q"), mark(k, "attn.k"), mark(v, "attn.v")
@@ -95,9 +99,17 @@ class Attention(eqx.Module):
             if not fresh:  # a prompt looks at itself, without the empty slots behind it
                 k, v, key_facts = cache.keys.astype(q.dtype), cache.values.astype(q.dtype), cache.facts
 
-        mixed = self.ops.attention(q, k, v, facts, key_facts, self.head_dim**-0.5, self.window, self.softcap, self.dropout, key=key)
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        mixed = self.ops.attention(q, k, v, facts, key_facts, scale, self.window, self.softcap, self.dropout, key=key)
         mixed = rearrange(mark(mixed, "attn.mixed"), "... heads seq head_dim -> ... seq (heads head_dim)")
         return mark(self.o_proj(mixed), "attn.out"), cache
+
+    def _heads(self, x: Float[Array, "*batch seq width"], norm: RMSNorm | None) -> Float[Array, "*batch heads seq head_dim"]:
+        """Cut into heads, and normed: each head, or, where the norm is as wide as all of them, before the cut."""
+        if norm is not None and norm.scale.shape[0] != self.head_dim:
+            x, norm = norm(x), None
+        x = rearrange(x, "... seq (heads head_dim) -> ... heads seq head_dim", head_dim=self.head_dim)
+        return x if norm is None else norm(x)
 
     def _rotated(self, x: Array, cos: Array, sin: Array) -> Array:
         """Turned by its position; where the tables are narrower than a head, only its first part (partial rotary)."""

@@ -149,14 +149,21 @@ class GatedMLP(eqx.Module):
 
     @staticmethod
     def init(
-        d_model: int, d_ff: int, *, std: float, out_std: float, key: Key[Array, ""], activation: Activation = jax.nn.silu
+        d_model: int,
+        d_ff: int,
+        *,
+        std: float,
+        out_std: float,
+        key: Key[Array, ""],
+        activation: Activation = jax.nn.silu,
+        bias: bool = False,
     ) -> "GatedMLP":
         """`out_std` is the standard deviation of `down_proj`, which writes into the residual stream."""
         gate_key, up_key, down_key = jr.split(key, 3)
         return GatedMLP(
-            Linear.init(d_model, d_ff, std=std, key=gate_key),
-            Linear.init(d_model, d_ff, std=std, key=up_key),
-            Linear.init(d_ff, d_model, std=out_std, key=down_key),
+            Linear.init(d_model, d_ff, std=std, key=gate_key, bias=bias),
+            Linear.init(d_model, d_ff, std=std, key=up_key, bias=bias),
+            Linear.init(d_ff, d_model, std=out_std, key=down_key, bias=bias),
             activation,
         )
 

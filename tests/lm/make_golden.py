@@ -1,16 +1,30 @@
-"""Make `golden/`: tiny random models written by `transformers`, and the logits it computes for them.
+"""Make `golden/`: what `transformers` computes for tiny models of every family, in every branch.
 
     pip install torch transformers        # or: uv sync --extra parity
-    python tests/lm/make_golden.py
+    python tests/lm/make_golden.py            # all families
+    python tests/lm/make_golden.py llama      # some
 
-`tests/lm/test_golden.py` loads each folder with our code and compares.
+A family's cases stand in `golden/<model_type>.json`, a name and the keys of `config.json` for each; the sizes below hold where a case says
+nothing. For each case `golden/<model_type>.npz` gets the whole `config.json` as `transformers` writes it, the names and shapes of its
+tensors as `save_pretrained` writes them, tokens, and logits. The weights are drawn by name (`golden_weights.py`) and not kept.
 """
 
+import json
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from golden_weights import draw
+
+GOLDEN = Path(__file__).parent / "golden"
 
 SIZES = {
     "vocab_size": 97,
@@ -22,41 +36,55 @@ SIZES = {
     "intermediate_size": 40,
     "max_position_embeddings": 64,
 }
+SEQ = 17
 
 
-def llama(rope: dict) -> transformers.LlamaConfig:
-    """A base of 50 makes the few pairs of a tiny head turn at speeds on all sides of the kinds' thresholds."""
-    return transformers.LlamaConfig(**SIZES, rms_norm_eps=1e-5, tie_word_embeddings=True, rope_parameters=rope | {"rope_theta": 50.0})
+def tensors_of(folder: Path) -> dict[str, list[int]]:
+    """Name and shape of all that lies in a folder's safetensors."""
+    shapes = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="np") as tensors:
+            shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+    return shapes
 
 
-MODELS = {
-    "llama-untied": transformers.LlamaConfig(**SIZES, rms_norm_eps=1e-5, rope_theta=10_000.0, tie_word_embeddings=False),
-    "llama-bias": transformers.LlamaConfig(**SIZES, rms_norm_eps=3e-4, rope_theta=500.0, tie_word_embeddings=True, attention_bias=True),
-    "llama-linear": llama({"rope_type": "linear", "factor": 3.0}),
-    "llama-llama3": llama(
-        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-    ),
-    "llama-yarn": llama({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 1.5, "beta_slow": 0.2}),
-    "gpt2": transformers.GPT2Config(vocab_size=97, n_embd=24, n_layer=3, n_head=6, n_inner=40, n_positions=64, layer_norm_epsilon=3e-4),
-    "qwen3": transformers.Qwen3Config(**SIZES, rms_norm_eps=1e-6, rope_theta=1_000_000.0, tie_word_embeddings=True),
-}
-
-
-def main() -> None:
-    folder = Path(__file__).parent / "golden"
-    for name, config in MODELS.items():
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+def compute(model_type: str, given: dict) -> dict[str, np.ndarray]:
+    """One case: the file is written by `transformers`, its tensors are replaced by drawn ones, and it is loaded again from there."""
+    kind = type(transformers.AutoConfig.for_model(model_type))
+    known = vars(transformers.AutoConfig.for_model(model_type))
+    sizes = {name: value for name, value in SIZES.items() if name in known or name in getattr(kind, "attribute_map", {})}
+    config = kind(**(sizes | given))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        transformers.AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+        shapes = tensors_of(folder)
+        assert len(list(folder.glob("*.safetensors"))) == 1
+        save_file({key: draw(key, tuple(shape)) for key, shape in shapes.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+        # Eager: the plain formula, whatever faster attention would round otherwise.
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, SEQ))
         with torch.no_grad():
-            for parameter in model.parameters():  # norms that are all ones and biases that are zero would hide mistakes
-                parameter.add_(0.15 * torch.randn_like(parameter))
-            tokens = torch.randint(0, 97, (2, 17))
-            logits = model(tokens).logits
-        model.save_pretrained(folder / name)
-        np.savez(folder / name / "expected.npz", tokens=tokens.numpy().astype(np.int32), logits=logits.numpy())
-        (folder / name / "generation_config.json").unlink(missing_ok=True)
-        print(name, sum(p.numel() for p in model.parameters()), "parameters, transformers", transformers.__version__)
+            logits = model(torch.from_numpy(tokens)).logits.numpy()
+        written = json.loads((folder / "config.json").read_text())
+    print(f"{model_type}: {given}: {sum(np.prod(s) for s in shapes.values())} parameters, logits up to {np.abs(logits).max():.1f}")
+    return {
+        "config": np.array(json.dumps(written)),
+        "shapes": np.array(json.dumps(shapes)),
+        "tokens": tokens.astype(np.int32),
+        "logits": logits,
+    }
+
+
+def main(families: list[str]) -> None:
+    for cases in sorted(GOLDEN.glob("*.json")):
+        if families and cases.stem not in families:
+            continue
+        found = {}
+        for name, given in json.loads(cases.read_text()).items():
+            found |= {f"{name}.{what}": array for what, array in compute(cases.stem, given).items()}
+        np.savez_compressed(cases.with_suffix(".npz"), **found)
+    print("transformers", transformers.__version__)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

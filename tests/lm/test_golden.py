@@ -1,34 +1,54 @@
-"""Models written by `transformers` give its logits here. The folders come from `make_golden.py`."""
+"""Models of `transformers` give its logits here. The files come from `make_golden.py`; weights are drawn by name on both sides."""
 
+import json
+from functools import lru_cache
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from golden_weights import draw
+from safetensors.numpy import load_file, save_file
 
 import lm
 
-GOLDEN = sorted(path.parent for path in (Path(__file__).parent / "golden").glob("*/expected.npz"))
+GOLDEN = Path(__file__).parent / "golden"
+CASES = [(file.stem, name) for file in sorted(GOLDEN.glob("*.json")) for name in json.loads(file.read_text())]
+each_case = pytest.mark.parametrize(("family", "case"), CASES, ids=[f"{family}-{case}" for family, case in CASES])
 
 
-def test_there_is_a_golden_model_of_each_architecture():
-    kinds = {lm.load_pretrained(folder).config.model_type for folder in GOLDEN}
-    assert kinds == set(lm.ARCHITECTURES)
+@lru_cache
+def golden(family: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / f"{family}.npz") as file:
+        return dict(file)
 
 
-@pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
-def test_logits_equal_those_of_transformers(folder):
-    expected = np.load(folder / "expected.npz")
-    model = lm.load_pretrained(folder)
-    # fp32 on both sides, sums in another order; logits are of order 1.
-    np.testing.assert_allclose(model(jnp.asarray(expected["tokens"])), expected["logits"], atol=2e-5, rtol=2e-5)
+def folder_of(family: str, case: str, folder: Path) -> Path:
+    """As `transformers` would have written it."""
+    (folder / "config.json").write_text(str(golden(family)[f"{case}.config"]))
+    shapes = json.loads(str(golden(family)[f"{case}.shapes"]))
+    save_file({name: draw(name, tuple(shape)) for name, shape in shapes.items()}, folder / "model.safetensors")
+    return folder
 
 
-@pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
-def test_what_was_loaded_is_written_back_tensor_for_tensor(folder, tmp_path):
-    lm.save_pretrained(lm.load_pretrained(folder), tmp_path)
-    theirs, ours = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+def test_there_are_golden_models_of_each_architecture():
+    assert {family for family, _ in CASES} == set(lm.ARCHITECTURES)
+
+
+@each_case
+def test_logits_equal_those_of_transformers(family, case, tmp_path):
+    model = lm.load_pretrained(folder_of(family, case, tmp_path))
+    logits = model(jnp.asarray(golden(family)[f"{case}.tokens"]))
+    # fp32 on both sides, sums in another order; logits are of order 1 to 10.
+    np.testing.assert_allclose(logits, golden(family)[f"{case}.logits"], atol=1e-4, rtol=0)
+
+
+@each_case
+def test_what_was_loaded_is_written_back_tensor_for_tensor(family, case, tmp_path):
+    model = lm.load_pretrained(folder_of(family, case, tmp_path))
+    lm.save_pretrained(model, tmp_path / "again")
+    theirs, ours = load_file(tmp_path / "model.safetensors"), load_file(tmp_path / "again" / "model.safetensors")
     assert ours.keys() == theirs.keys()
     for name in theirs:
         np.testing.assert_array_equal(ours[name], theirs[name])
+    assert lm.load_pretrained(tmp_path / "again").config == model.config
