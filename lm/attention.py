@@ -54,8 +54,8 @@ class Attention(eqx.Module):
         softcap: float | None = None,
         dropout: float = 0.0,
     ) -> "Attention":
-        """`out_std` is the standard deviation of `o_proj`, `out_bias` its bias (`None`: as the three others). `qk_norm_eps` puts RMSNorms on
-        queries and keys: on each head, or on all of them together."""
+        """`out_std` is the standard deviation of `o_proj`, `out_bias` its bias (`None`: as the three others). `qk_norm_eps` puts RMSNorms
+        on queries and keys: on each head, or on all of them together."""
         q_key, k_key, v_key, o_key = jr.split(key, 4)
         q_width, k_width = (head_dim, head_dim) if qk_norm_over == "head" else (n_heads * head_dim, n_kv_heads * head_dim)
         return Attention(

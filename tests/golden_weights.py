@@ -9,7 +9,7 @@ import numpy as np
 
 
 def draw(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
-    """fp32. Vectors have spread too: norms that are all ones and biases that are zero would hide mistakes. Scales of norms stand around 1."""
+    """fp32. Vectors have spread too: norms that are all ones and biases that are zero would hide mistakes."""
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     numbers = rng.standard_normal(shape, np.float32)
     if len(shape) > 1:
