@@ -1,8 +1,8 @@
 """How fast is it here? Training steps, memory, data, decoding, checkpoints, compiling: measured on this machine, side by side.
 
 Each thing measured is a process of its own, and those compared take turns, A B A B, so that a neighbour on the machine slows both. Figures
-are medians over rounds; ratios are of medians from the same rounds. What is measured is written to the run folder part by part, and a run
-that was stopped goes on with the parts it has not done.
+are medians over rounds; ratios are of medians from the same rounds. What is measured is written to the run folder case by case, and a
+run that was stopped goes on with the cases it has not done.
 
     python -m recipes.benchmark                                     # all parts, this project alone
     python -m recipes.benchmark --against torch                     # beside PyTorch (uv run --extra parity ...)
@@ -24,7 +24,6 @@ Sizes S and M: a Llama of 13.8 M and 60 M parameters, 4,096 tokens a step. FLOPs
 arXiv:2204.02311, appendix B), the share of the peak is over the best matrix product measured in the same run.
 """
 
-import json
 import statistics
 import tempfile
 import time
@@ -40,7 +39,7 @@ from rich.console import Console
 
 from lm.models import build, save_pretrained
 from lm.models.llama import PRESETS
-from recipes.benchmark_config import DECODING, SIZES, Config, PartName, check, flops_of, spec_of, tokens_of
+from recipes.benchmark_config import DECODING, SIZES, Config, Figures, PartName, check, flops_of, spec_of, tokens_of
 from recipes.benchmark_growth import draw_growth, measure_growth
 from recipes.benchmark_memory import draw_memory, measure_memory
 from recipes.benchmark_parts import measure_checkpoint, measure_imports, measure_pipeline, measure_trace
@@ -66,9 +65,11 @@ LADDER: dict[str, dict[str, Any]] = {
 # ------------------------------------------------------------------------------------------- parts
 
 
-def measure_train(config: Config, figures: dict[str, Any]) -> None:
+def measure_train(config: Config, figures: Figures) -> None:
     """The training step at each size, beside PyTorch if asked."""
     for size in config.sizes:
+        if f"train.{size}" in figures:
+            continue
         logger.info(f"train {size}: {SIZES[size]}")
         cold = ours(spec_of(SIZES[size], config, compilation_cache=False))
         first_s = cold.facts["first_s"]
@@ -105,12 +106,16 @@ def measure_train(config: Config, figures: dict[str, Any]) -> None:
                 found |= {f"{name}_step_s": statistics.median(each), f"{name}_best_step_s": min(each)}
                 found |= {f"ratio_{name}": statistics.median(each) / median, f"{name}_first_s": workers[name].facts["first_s"]}
         figures[f"train.{size}"] = found
+        figures.keep()
 
 
-def measure_ladder(config: Config, figures: dict[str, Any]) -> None:
+def measure_ladder(config: Config, figures: Figures) -> None:
     """The training step of size S with each piece of the fast path taken away in turn."""
     size = config.sizes[0]
+    ladder = figures.setdefault("ladder", {})
     for piece, without in LADDER.items():
+        if piece in ladder:
+            continue
         logger.info(f"without {piece}")
         changes = {name: value for name, value in without.items() if name != "environ"}
         workers = {
@@ -122,21 +127,24 @@ def measure_ladder(config: Config, figures: dict[str, Any]) -> None:
         times = {name: all_of(each) for name, each in answers.items()}
         medians = {name: statistics.median(each) for name, each in times.items()}
         ratio = medians["without"] / medians["whole"]
-        figures.setdefault("ladder", {})[piece] = {
+        ladder[piece] = {
             "ratio": ratio,
             "best_ratio": min(times["without"]) / min(times["whole"]),
             "step_s": medians["without"],
             "temp_bytes_ratio": workers["without"].facts["temp_bytes"] / workers["whole"].facts["temp_bytes"],
         }
+        figures.keep()
 
 
-def measure_decode(config: Config, figures: dict[str, Any]) -> None:
+def measure_decode(config: Config, figures: Figures) -> None:
     """Prefill and decoding at several sequences, beside `transformers` on the same checkpoint if asked."""
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(build(PRESETS[DECODING], key=jr.key(0)), folder)
         cases = [(n, config.prompt, config.new, slots) for n in config.sequences for slots in config.slots] + [(1, 1024, 8, 2048)]
         for n, prompt, new, slots in cases:
             name = f"decode.{n}.slots{slots}" if prompt == config.prompt else "prefill.1024"
+            if name in figures:
+                continue
             logger.info(f"{name}: {n} sequences, prompt {prompt}, {new} new tokens, {slots} slots")
             spec = {"kind": "decode", "model": folder, "sequences": n, "prompt": prompt, "new": new, "slots": slots, "backend": "cpu"}
             workers = {f"ours_{dtype}": ours(spec | {"dtype": dtype}) for dtype in ("bfloat16", "int8", "float32")}
@@ -161,9 +169,10 @@ def measure_decode(config: Config, figures: dict[str, Any]) -> None:
                 theirs = [found[key] for key in found if key.startswith("transformers_") and ".prefill" not in key]
                 if theirs:
                     figures[f"decode.{n}"]["ratio_transformers"] = speed / max(theirs)  # over its better dtype
+            figures.keep()
 
 
-Measure = Callable[[Config, dict[str, Any]], None]
+Measure = Callable[[Config, Figures], None]
 PARTS: dict[PartName, Measure] = {
     "train": measure_train,
     "ladder": measure_ladder,
@@ -185,28 +194,27 @@ def main(config: Config) -> Path:
     check(config)
     folder = config.run_dir or Path("runs") / f"benchmark-{datetime.now():%Y%m%d-%H%M%S}"
     config = config.model_copy(update={"run_dir": folder})
-    path = folder / "figures.json"
-    figures: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    figures = Figures(folder / "figures.json")
     figures.setdefault("machine", device_facts() | {"matmul_flops_per_s": measure_matmul_peak().flops_per_s})
     figures["machine"] |= {"rounds": config.rounds, "steps": config.steps}
     done = figures.setdefault("parts", [])
     folder.mkdir(parents=True, exist_ok=True)
     for part in config.parts:
         if part in done:
-            logger.info(f"{part}: already measured in {path}")
+            logger.info(f"{part}: already measured in {figures.path}")
             continue
         begin = time.monotonic()
         PARTS[part](config, figures)
         done.append(part)
         figures.setdefault("part_s", {})[part] = time.monotonic() - begin
         logger.info(f"{part}: measured in {figures['part_s'][part]:.0f} s")
-        write_json(path, figures)
+        figures.keep()
     if config.json_file is not None:
         write_json(config.json_file, flat(figures))
     show(figures)
     pictures = [draw_growth(figures["growth"], folder)] if "growth" in figures else []
     pictures += [draw_memory(figures["memory"], folder)] if "memory" in figures else []
-    for written in (path, *pictures):
+    for written in (figures.path, *pictures):
         Console().print(f"written {written}", markup=False, highlight=False, soft_wrap=True)
     return folder
 

@@ -1,5 +1,6 @@
 """What `recipes.benchmark` can measure, and how long: its settings, and the sizes of model it knows."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -7,7 +8,7 @@ import tyro
 from pydantic import Field
 
 from recipes.command_line import RecipeConfig
-from train.logs import model_flops_per_token
+from train.logs import model_flops_per_token, write_json
 
 # vocab, width, layers, heads, MLP width, tokens of a row, rows of a batch
 SIZES: dict[str, dict[str, int]] = {
@@ -80,6 +81,17 @@ def check(config: Config) -> None:
 def spec_of(size: dict[str, int], config: Config, **changes: Any) -> dict[str, Any]:
     """What a process that takes training steps is told (`recipes.benchmark_ours`)."""
     return {"kind": "train", "size": size, "backend": "cpu", "dtype": "bfloat16", "steps": config.steps} | changes
+
+
+class Figures(dict[str, Any]):
+    """What was measured, by part. `keep` writes it to its file, after each case: a run that was stopped goes on with those it lacks."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
+        self.path = path
+
+    def keep(self) -> None:
+        write_json(self.path, self)
 
 
 def few(config: Config) -> Config:

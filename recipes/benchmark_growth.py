@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 from loguru import logger
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from recipes.benchmark_config import AXES, SIZES, Config, few, flops_of, spec_of, tokens_of
+from recipes.benchmark_config import AXES, SIZES, Config, Figures, few, flops_of, spec_of, tokens_of
 from recipes.benchmark_workers import all_of, in_turns, ours, together
 
 
@@ -39,18 +39,18 @@ def grown(size: dict[str, int], axis: str, value: int) -> dict[str, int]:
     raise AssertionError(axis)
 
 
-def measure_growth(config: Config, figures: dict[str, Any]) -> None:
+def measure_growth(config: Config, figures: Figures) -> None:
     """Each point takes turns with the size in the middle, which stays up all the time."""
     config, name = few(config), config.sizes[0]
     middle = SIZES[name]
     asked = {"width": config.widths, "depth": config.depths, "seq": config.seqs, "batch": config.batches}
     of_middle = {"width": middle["d_model"], "depth": middle["n_layers"], "seq": middle["seq"], "batch": middle["batch"]}
-    growth: dict[str, Any] = {"size": name, **{axis: {} for axis in AXES}}
+    growth: dict[str, Any] = figures.setdefault("growth", {"size": name, **{axis: {} for axis in AXES}})
     with together({"middle": ours(spec_of(middle, config))}) as steady:
         facts_of_middle = steady["middle"].facts
         times_of_middle = all_of(in_turns(steady, config.rounds, name)["middle"])
         for axis in AXES:
-            for value in sorted({*asked[axis]} - {of_middle[axis]}):
+            for value in sorted({*asked[axis]} - {of_middle[axis]} - {int(done) for done in growth[axis]}):
                 logger.info(f"growth: {axis} {value}")
                 size = grown(middle, axis, value)
                 with together({"point": ours(spec_of(size, config))}) as point:
@@ -58,6 +58,7 @@ def measure_growth(config: Config, figures: dict[str, Any]) -> None:
                     found = figures_of(size, point["point"].facts, all_of(answers["point"]))
                 beside = figures_of(middle, facts_of_middle, all_of(answers["middle"]))
                 growth[axis][str(value)] = found | {"flops_ratio": found["gflops"] / beside["gflops"]}
+                figures.keep()
                 times_of_middle += all_of(answers["middle"])
     in_the_middle = figures_of(middle, facts_of_middle, times_of_middle) | {"flops_ratio": 1.0}
     for axis in AXES:  # it belongs to all four

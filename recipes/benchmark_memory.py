@@ -41,7 +41,7 @@ import matplotlib.pyplot as plt
 from loguru import logger
 
 from lm.kernels_cpu import BLOCK
-from recipes.benchmark_config import SIZES, Config, RematName, few, spec_of, tokens_of
+from recipes.benchmark_config import SIZES, Config, Figures, RematName, few, spec_of, tokens_of
 from recipes.benchmark_workers import all_of, in_turns, ours, together
 
 LOSS_CHUNK = 1024  # tokens unembedded at a time, as `recipes.benchmark_ours` sets it
@@ -76,15 +76,17 @@ def expected_bytes(size: dict[str, int], remat: RematName, micro_batches: int) -
     return arguments | {"bf16 weights": 2 * linears} | max(moments, key=lambda moment: sum(moment.values()))
 
 
-def measure_memory(config: Config, figures: dict[str, Any]) -> None:
+def measure_memory(config: Config, figures: Figures) -> None:
     """Rematerialisation and accumulation, blocks as a loop and as a scan: each takes turns with the plain step (loop, none, 1)."""
     config = few(config)
     for name in config.sizes:
         size, found = SIZES[name], figures.setdefault("memory", {}).setdefault(name, {})
         with together({"plain": ours(spec_of(size, config))}) as plain:
             first = figures_of(size, "none", 1, plain["plain"].facts, in_turns(plain, config.rounds, name)["plain"])
-            found["none"] = {"1": first | {"step_ratio": 1.0, "temp_ratio": 1.0}}
+            found.setdefault("none", {})["1"] = first | {"step_ratio": 1.0, "temp_ratio": 1.0}
             for case, remat, pieces, changes, environ in cases(config, size):
+                if str(pieces) in found.get(case, {}):
+                    continue
                 logger.info(f"memory {name}: {case}, {pieces} micro-batches")
                 with together({"case": ours(spec_of(size, config, **changes), environ)}) as worker:
                     answers = in_turns(plain | worker, config.rounds, f"{name} {case} {pieces}")
@@ -92,6 +94,7 @@ def measure_memory(config: Config, figures: dict[str, Any]) -> None:
                 plain_s = statistics.median(all_of(answers["plain"]))
                 ratios = {"step_ratio": of_case["step_s"] / plain_s, "temp_ratio": of_case["temp_bytes"] / first["temp_bytes"]}
                 found.setdefault(case, {})[str(pieces)] = of_case | ratios
+                figures.keep()
 
 
 Case = tuple[str, RematName, int, dict[str, Any], dict[str, str]]  # name, remat, micro-batches, settings of the worker, environment

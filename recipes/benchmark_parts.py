@@ -6,21 +6,20 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from loguru import logger
 
 from data.cache import TokenCache
 from data.sources import open_source
 from data.tokenizer import Tokenizer
-from recipes.benchmark_config import SIZES, Config, spec_of, tokens_of
+from recipes.benchmark_config import SIZES, Config, Figures, spec_of, tokens_of
 from recipes.benchmark_workers import ROOT, all_of, in_turns, median_of, ours, together, users_environment
 from train.logs import progress
 
 CHECKED, UNCHECKED = {"JAXTYPING_DISABLE": "0"}, {"JAXTYPING_DISABLE": "1"}  # environments in which shapes are checked, and are not
 
 
-def measure_pipeline(config: Config, figures: dict[str, Any]) -> None:
+def measure_pipeline(config: Config, figures: Figures) -> None:
     """Batches as `recipes.pretrain_small` makes them (`train_batches`: tokens from a file, packed by concatenation), taken as fast as they
     come; beside it training steps on one batch that stays, and on batches from the pipeline."""
     size = config.sizes[0]
@@ -61,7 +60,7 @@ def encoded(data: str, vocab: int, folder: Path) -> tuple[TokenCache, float]:
     return cache, time.perf_counter() - begin
 
 
-def measure_checkpoint(config: Config, figures: dict[str, Any]) -> None:
+def measure_checkpoint(config: Config, figures: Figures) -> None:
     """Saving the whole state: how long the loop stands still, and how long until it is on the disk of the run folder."""
     size = config.sizes[0]
     logger.info(f"checkpoint of {size}")
@@ -78,7 +77,7 @@ def measure_checkpoint(config: Config, figures: dict[str, Any]) -> None:
     }
 
 
-def measure_trace(config: Config, figures: dict[str, Any]) -> None:
+def measure_trace(config: Config, figures: Figures) -> None:
     """From Python to the program handed to the compiler, with shape checks and without: the first time in a fresh process, which is what a
     user waits for, and once more in the same one. Then the steps themselves, which should not tell."""
     size = config.sizes[0]
@@ -123,7 +122,7 @@ IMPORTS: dict[str, tuple[list[str], dict[str, str]]] = {
 }
 
 
-def measure_imports(config: Config, figures: dict[str, Any]) -> None:
+def measure_imports(config: Config, figures: Figures) -> None:
     """Processes from their start to their end, in turns. The first turn writes bytecode and fills the disk's cache, and is not kept."""
     logger.info("imports")
     times: dict[str, list[float]] = {name: [] for name in IMPORTS}

@@ -5,8 +5,8 @@ import json
 import pytest
 from integration.recipe_runs import corpus, run
 
-from recipes.benchmark import LADDER, PARTS, flat
-from recipes.benchmark_config import SIZES, Config, check
+from recipes.benchmark import LADDER, PARTS, flat, measure_train
+from recipes.benchmark_config import SIZES, Config, Figures, check
 from recipes.benchmark_growth import grown
 from recipes.benchmark_memory import cases, expected_bytes
 from recipes.benchmark_ours import forget_peak, peak_resident_bytes, products_outside, resident_bytes
@@ -171,6 +171,15 @@ def test_wrong_sizes_and_dead_processes_are_told_in_words(tmp_path):
         check(Config(micro_batches=(1, 0)))
     with pytest.raises(RuntimeError, match=r"a process of the benchmark ended: .*(\n.*)*NoSuchBackend"):
         ours(small(backend="NoSuchBackend"))
+
+
+def test_a_case_that_was_kept_is_not_measured_again(tmp_path):
+    figures = Figures(tmp_path / "figures.json")
+    figures["train.T"] = {"n_params": 1}  # as no measurement would find it
+    figures.keep()
+    again = Figures(tmp_path / "figures.json")
+    measure_train(Config(sizes=("T",)), again)
+    assert again == {"train.T": {"n_params": 1}}
 
 
 def test_every_part_can_be_asked_for():
