@@ -1,0 +1,223 @@
+"""Bring a model in, write it as a Hugging Face folder, and prove that it is the same.
+
+The source is a folder, a repository of the Hub, a GGUF file, or a run of this project. It is loaded, written to OUT, read back, which must
+give the same logits bit for bit, and then compared with an implementation that shares no code with ours:
+
+- `transformers`, where it is installed: on the source's own files; for a GGUF file, on the folder written.
+- llama.cpp, for a GGUF file, where `cyllama` is installed: which token it finds likeliest wherever our choice is clear.
+- Neither: the golden models of the family, tiny ones whose logits `transformers` computed once. They speak for the code, not for these weights.
+- Nor those: the report says `not compared: no independent reference`.
+
+    python -m recipes.convert HuggingFaceTB/SmolLM2-135M-Instruct converted/
+    python -m recipes.convert SmolLM2-135M-Instruct.Q4_1.gguf converted/ --dtype bfloat16
+    uv run --extra parity python -m recipes.convert runs/pretrain_small-DATE-TIME converted/
+
+The report is printed and written to OUT/parity.json. A comparison that fails ends with status 1; what was written stays, to be looked at.
+"""
+
+import importlib.util
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from loguru import logger
+from pydantic import Field
+from rich.console import Console
+from rich.table import Table
+from safetensors.numpy import save_file
+
+from data.tokenizer import Tokenizer
+from lm.base import AbstractLM
+from lm.hub import folder_of
+from lm.layers import cast
+from lm.models import load_pretrained, save_pretrained
+from recipes.command_line import RecipeConfig, fail
+from recipes.loading import load
+from train.checkpoint import CheckpointError
+from train.logs import plain_messages, write_json
+from train.parity import (
+    Choices,
+    Comparison,
+    compare,
+    compare_choices,
+    is_installed,
+    llama_cpp_choices,
+    our_logits,
+    transformers_logits,
+)
+
+GOLDEN = Path(__file__).parents[1] / "tests" / "lm" / "golden"  # there in a checkout
+REPORT = "parity.json"
+
+# Prose, code, digits, accents, another script: what tokenizers and models are asked for, in few tokens.
+TEXT = """The capital of France is Paris. In 1905 Einstein was 26 years old; he published four papers that year, each of which changed physics.
+
+def fibonacci(n: int) -> list[int]:
+    numbers = [0, 1]
+    while len(numbers) < n:
+        numbers.append(numbers[-1] + numbers[-2])
+    return numbers
+
+Žižek a déjà vu 東京 in a naïve café: «3.14159 × 2 = 6.28318», she said. Once upon a time, there was a king who had three daughters."""
+
+
+class Config(RecipeConfig):
+    """What to bring in, and where to."""
+
+    source: Annotated[str, tyro.conf.Positional] = Field(description="folder, .gguf file, run, or owner/name on the Hub")
+    out: Annotated[Path, tyro.conf.Positional] = Field(description="folder to write; new, or empty")
+    dtype: Literal["keep", "float32", "bfloat16", "float16"] = Field(
+        "keep", description="of the tensors written; keep: as they are, a GGUF file's as float32"
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a repository on the Hub; None: main")
+    text: str = Field(TEXT, min_length=1, description="text on which implementations are compared")
+    places: int = Field(128, ge=2, description="tokens of it, at most")
+
+
+# ------------------------------------------------------------------------------------------- main
+
+
+def main(config: Config) -> bool:
+    """Convert and compare. Whether everything that was compared passed."""
+    plain_messages()
+    if config.out.is_file() or (config.out.is_dir() and any(config.out.iterdir())):
+        raise ValueError(f"{config.out} is not an empty folder: choose another, nothing is overwritten")
+    model, tokenizer, origin = load(config.source, revision=config.revision)
+    logger.info(f"{origin}: {model.config.model_type}, {model.n_params:,} parameters")
+    if config.dtype != "keep":
+        model = cast(model, jnp.dtype(config.dtype))
+    tokens = tokens_of(config, model, tokenizer)
+
+    save_pretrained(model, config.out, extra_config=special_ids(tokenizer))
+    if tokenizer is None:
+        logger.warning(f"{config.source} has no tokenizer that we can read: {config.out} gets none")
+    else:
+        tokenizer.save(config.out, model_max_length=model.config.context)
+    ours = our_logits(cast(model, jnp.float32), tokens)
+    again = load_pretrained(config.out)
+    equal = bool(np.array_equal(our_logits(cast(again, jnp.float32), tokens), ours))
+    logger.info(f"written {config.out}; read back, its logits are {'equal bit for bit' if equal else 'NOT EQUAL'}")
+
+    compared, words = compared_with(config, model, tokens, ours)
+    report = {
+        "source": config.source if Path(config.source).exists() is False else Path(config.source).name,
+        "model_type": model.config.model_type,
+        "parameters": model.n_params,
+        "dtype": config.dtype,
+        "places": len(tokens),
+        "read_back_equal": equal,
+        "compared": [each.record() for each in compared],
+        "words": words,
+    }
+    write_json(config.out / REPORT, report)
+    show(report, compared, config.out / REPORT)
+    return equal and all(each.passed for each in compared)
+
+
+def tokens_of(config: Config, model: AbstractLM, tokenizer: Tokenizer | None) -> np.ndarray:
+    """The text's ids, or random ones where there is no tokenizer to ask."""
+    most = min(config.places, model.config.context)
+    if tokenizer is None:
+        return np.random.default_rng(0).integers(0, model.config.vocab, most).astype(np.int32)
+    tokens = tokenizer.encode(config.text)[:most]
+    if len(tokens) < 2 or tokens.max() >= model.config.vocab:
+        raise ValueError(
+            f"the tokenizer of {config.source} gives {len(tokens)} ids up to {tokens.max(initial=-1)} for the text; expected at least 2, below "
+            f"the model's vocabulary of {model.config.vocab}: is it this model's?"
+        )
+    return tokens
+
+
+def special_ids(tokenizer: Tokenizer | None) -> dict[str, int]:
+    if tokenizer is None:
+        return {}
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    return {name: value for name, value in ids.items() if value is not None}
+
+
+# ------------------------------------------------------------------------------------------- who else computes
+
+
+def compared_with(config: Config, model: AbstractLM, tokens: np.ndarray, ours: np.ndarray) -> tuple[list[Comparison | Choices], str]:
+    """Every independent implementation that is at hand, and the verdict in words."""
+    compared: list[Comparison | Choices] = []
+    is_gguf = config.source.endswith(".gguf")
+    if is_gguf and is_installed("cyllama"):
+        compared.append(compare_choices(*llama_cpp_choices(Path(config.source), tokens), ours))
+    if is_installed("transformers", "torch"):
+        theirs = config.out if is_gguf or config.dtype != "keep" or is_run(config.source) else folder_of(config.source, config.revision)
+        name, logits = transformers_logits(theirs, tokens)
+        on = f"{name}, on {'the folder written' if theirs == config.out else 'the source'}"
+        compared.append(compare(on, logits, ours))
+    if compared:
+        passed = all(each.passed for each in compared)
+        return compared, f"{'passed' if passed else 'FAILED'}: compared with {' and '.join(each.reference for each in compared)}"
+    golden = golden_comparison(model.config.model_type)
+    if golden is None:
+        return [], "not compared: no independent reference"
+    verdict = "pass" if golden.passed else "FAIL"
+    return [golden], f"these weights were not compared: no independent reference is installed. The golden models of the family {verdict}"
+
+
+def is_run(source: str) -> bool:
+    return (Path(source) / "checkpoints").is_dir()
+
+
+def golden_comparison(model_type: str) -> Comparison | None:
+    """Our code beside the committed logits of the family's tiny models; `None` where there are none."""
+    file = GOLDEN / f"{model_type}.npz"
+    if not file.is_file():
+        return None
+    spec = importlib.util.spec_from_file_location("golden_weights", GOLDEN.parents[1] / "golden_weights.py")
+    assert spec is not None
+    assert spec.loader is not None
+    weights = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(weights)
+    theirs, ours = [], []
+    with np.load(file) as golden:
+        for case in sorted({name.rsplit(".", 1)[0] for name in golden.files}):
+            with tempfile.TemporaryDirectory() as name:
+                (Path(name) / "config.json").write_text(str(golden[f"{case}.config"]), encoding="utf-8")
+                shapes = json.loads(str(golden[f"{case}.shapes"]))
+                save_file({key: weights.draw(key, tuple(shape)) for key, shape in shapes.items()}, Path(name) / "model.safetensors")
+                ours.append(our_logits(load_pretrained(name), golden[f"{case}.tokens"][0]))
+            theirs.append(golden[f"{case}.logits"][0])
+    return compare(f"golden models of {model_type}, {len(theirs)} cases", np.concatenate(theirs), np.concatenate(ours))
+
+
+# ------------------------------------------------------------------------------------------- report
+
+
+def show(report: dict[str, Any], compared: list[Comparison | Choices], path: Path) -> None:
+    """The report as a table."""
+    console = Console()
+    table = Table(title=f"{report['model_type']}, {report['parameters']:,} parameters")
+    for column in ("reference", "places", "max |Δ|", "mean |Δ|", "limit", "top 1", "top 5", "KL, nats", "verdict"):
+        table.add_column(column, justify="left" if column in ("reference", "verdict") else "right", overflow="fold")
+    for each in compared:
+        verdict = "passed" if each.passed else "FAILED"
+        if isinstance(each, Choices):
+            same = f"{each.agreement:.1%} ({each.clear_agreement:.1%} of {each.clear} clear ones)"
+            table.add_row(each.reference, f"{each.places}", "", "", "", same, "", "", verdict)
+        else:
+            figures = (f"{each.max_difference:.2g}", f"{each.mean_difference:.2g}", f"{each.limit:.2g}")
+            shares = (f"{each.top1_agreement:.1%}", f"{each.top5_agreement:.1%}", f"{each.kl:.1e}")
+            table.add_row(each.reference, f"{each.places}", *figures, *shares, verdict)
+    if compared:
+        console.print(table)
+    for line in (report["words"], f"written {path}"):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    chosen = tyro.cli(Config, description=__doc__, prog="python -m recipes.convert")
+    try:
+        passed = main(chosen)
+    except (ValueError, OSError, CheckpointError) as error:
+        fail(str(error))
+    sys.exit(0 if passed else 1)
