@@ -1,8 +1,8 @@
 """Hugging Face folders: `config.json` and safetensors ⇄ the tree, driven by each architecture's own table of names.
 
 The table maps the *role* of a leaf (`attn.q_proj.weight`) to the key in the file (`model.layers.{i}.self_attn.q_proj.weight`); loading
-reads it one way, saving the other. Our weights have Hugging Face's layout, so most rows rename and nothing else; the others are
-`transposed`, or a `part` of a fused tensor, or both.
+reads it one way, saving the other. Our weights have Hugging Face's layout, so most rows rename and nothing else; the others are any of
+`transposed`, a `part` of a fused tensor, an `expert` a tensor, and, on the way in only, `packed`.
 """
 
 import json
@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -26,13 +26,22 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 
+class Packed(NamedTuple):
+    """Another form a tensor may have in the file: several tensors it is computed from."""
+
+    suffixes: tuple[str, ...]  # of their keys, each behind the tensor's own
+    decode: Callable[..., np.ndarray]  # their arrays, in that order → the tensor
+
+
 @dataclass(frozen=True)
 class Stored:
     """How the file keeps one of our leaves, where it does more than rename it."""
 
-    key: str  # in the file; {i} is the layer
-    transposed: bool = False  # kept (in, out)
+    key: str  # in the file; {i} is the layer, {e} the expert
+    transposed: bool = False  # kept (in, out): the last two axes change places
     part: int | None = None  # which piece of a fused tensor, counted along its output axis; sizes are those of the leaves
+    rows: int | None = None  # of a fused tensor whose pieces take turns: how many rows of this one follow each other; None: all
+    packed: Packed | None = None  # read where the file has not the tensor itself
 
 
 def transposed(stored: str | Stored) -> Stored:
@@ -40,9 +49,25 @@ def transposed(stored: str | Stored) -> Stored:
     return replace(_stored(stored), transposed=True)
 
 
-def part(i: int, stored: str | Stored) -> Stored:
-    """Piece `i` of a tensor that holds several of our leaves one after the other, such as queries, keys and values."""
-    return replace(_stored(stored), part=i)
+def part(i: int, stored: str | Stored, *, rows: int | None = None) -> Stored:
+    """Piece `i` of a tensor that holds several of our leaves, such as queries, keys and values. One lies after the other, or they take
+    turns: `rows` of the first, as many of the second, and so on over and over (gate and up of gpt-oss with `rows=1`)."""
+    return replace(_stored(stored), part=i, rows=rows)
+
+
+def expert(stored: str | Stored) -> Stored:
+    """A leaf with an axis of experts in front, of which the file keeps each under its own key: `{e}` counts them from 0."""
+    stored = _stored(stored)
+    if "{e}" not in stored.key:
+        raise ValueError(f"expert({stored.key!r}): expected a key with {{e}} where the number of the expert stands")
+    return stored
+
+
+def packed(stored: str | Stored, suffixes: tuple[str, ...], decode: Callable[..., np.ndarray]) -> Stored:
+    """A tensor that a file may hold as several others, such as MXFP4's `…_blocks` and `…_scales`. A file with the tensor itself is read as
+    ever; else `decode` gets the arrays of `key + suffix`, as they are in the file, and returns what would lie under `key`. Saved is the
+    tensor itself."""
+    return replace(_stored(stored), packed=Packed(suffixes, decode))
 
 
 def _stored(row: str | Stored) -> Stored:
@@ -59,23 +84,72 @@ def stored_leaf(path: str, names: Names) -> Stored:
         raise ValueError(f"leaf {path} (role {this_role}) has no Hugging Face name; the table knows {sorted(names)}")
     layer = re.match(r"blocks/(\d+)/", path)
     stored = _stored(names[this_role])
-    return replace(stored, key=stored.key.format(i=layer.group(1) if layer else ""))
+    return replace(stored, key=stored.key.replace("{i}", layer.group(1) if layer else ""))
 
 
-def _by_key(tree: Any, names: Names) -> dict[str, list[tuple[str, Stored, Any]]]:
-    """(path, how stored, leaf) of the leaves behind each key of the file, the pieces of a fused tensor in order."""
-    found: dict[str, list[tuple[str, Stored, Any]]] = {}
+class Piece(NamedTuple):
+    """What a tensor of the file holds of a leaf: all of it, or one expert."""
+
+    path: str
+    stored: Stored
+    leaf: Any  # array or jax.ShapeDtypeStruct
+    expert: int | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.leaf.shape if self.expert is None else self.leaf.shape[1:]
+
+    @property
+    def axis(self) -> int:
+        """Of the outputs: a bias ends with them, a weight has its inputs behind."""
+        return -1 if len(self.shape) == 1 or self.path.endswith("bias") else -2
+
+    def in_turns(self, array: np.ndarray) -> np.ndarray:
+        """(turns, rows, ...): outputs in front, as this piece takes its turns."""
+        front = np.moveaxis(array, self.axis, 0)
+        return front.reshape(-1, self.stored.rows or len(front), *front.shape[1:])
+
+    def from_turns(self, array: np.ndarray) -> np.ndarray:
+        return np.moveaxis(array.reshape(-1, *array.shape[2:]), 0, self.axis)
+
+
+def by_key(tree: Any, names: Names) -> dict[str, list[Piece]]:
+    """The pieces behind each key of the file, those of a fused tensor in order."""
+    found: dict[str, list[Piece]] = {}
     for path, leaf in leaves_by_path(tree).items():
         stored = stored_leaf(path, names)
-        found.setdefault(stored.key, []).append((path, stored, leaf))
-    return {key: sorted(leaves, key=lambda each: each[1].part or 0) for key, leaves in found.items()}
+        for e in range(leaf.shape[0]) if "{e}" in stored.key else (None,):
+            found.setdefault(stored.key.replace("{e}", str(e)), []).append(Piece(path, stored, leaf, e))
+    return {key: sorted(pieces, key=lambda piece: piece.stored.part or 0) for key, pieces in found.items()}
 
 
-def _file_shape(leaves: list[tuple[str, Stored, Any]]) -> tuple[int, ...]:
-    """The shape a tensor of the file must have to hold these leaves."""
-    first = leaves[0][2].shape
-    shape = (sum(leaf.shape[0] for _, _, leaf in leaves), *first[1:])
-    return shape[::-1] if leaves[0][1].transposed else shape
+def _file_shape(pieces: list[Piece]) -> tuple[int, ...]:
+    """The shape a tensor of the file must have to hold these pieces."""
+    shape = list(pieces[0].shape)
+    shape[pieces[0].axis] = sum(piece.shape[piece.axis] for piece in pieces)
+    if pieces[0].stored.transposed:
+        shape[-2:] = shape[:-3:-1]
+    return tuple(shape)
+
+
+def _cut(tensor: np.ndarray, pieces: list[Piece]) -> list[np.ndarray]:
+    """A tensor of the file → what it holds of each leaf."""
+    whole = tensor.swapaxes(-1, -2) if pieces[0].stored.transposed else tensor
+    if len(pieces) == 1:
+        return [whole]
+    sizes = [piece.stored.rows or piece.shape[piece.axis] for piece in pieces]
+    front = np.moveaxis(whole, pieces[0].axis, 0)
+    turns = np.split(front.reshape(-1, sum(sizes), *front.shape[1:]), np.cumsum(sizes)[:-1], axis=1)
+    return [piece.from_turns(turn) for piece, turn in zip(pieces, turns, strict=True)]
+
+
+def _joined(arrays: list[np.ndarray], pieces: list[Piece]) -> np.ndarray:
+    """What it holds of each leaf → a tensor of the file."""
+    whole = arrays[0]
+    if len(pieces) > 1:
+        turns = [piece.in_turns(array) for piece, array in zip(pieces, arrays, strict=True)]
+        whole = pieces[0].from_turns(np.concatenate(turns, axis=1))
+    return np.ascontiguousarray(whole.swapaxes(-1, -2) if pieces[0].stored.transposed else whole)
 
 
 def abstract(init: Callable[..., AbstractLM], config: Any) -> AbstractLM:
@@ -95,31 +169,56 @@ def load_weights(
     **Raises:** `ValueError` listing every tensor that is missing, left over, or of another shape.
     """
     found = {current_key(key): (key, file) for key, file in _files_of(folder).items()}
-    wanted = _by_key(skeleton, names)
-    problems = [f"missing: {key} {_file_shape(leaves)}" for key, leaves in wanted.items() if key not in found]
-    problems += [f"left over: {key}" for key in found if key is not None and key not in wanted]
-    loaded: dict[str, jax.Array] = {}
-    for file in sorted({file for _, file in found.values()}):
-        with _open(file) as tensors:
-            for key, leaves in wanted.items():
-                in_file, where = found.get(key, ("", None))
-                if where != file:
-                    continue
-                shape = tuple(tensors.get_slice(in_file).get_shape())
-                if shape != _file_shape(leaves):
-                    problems.append(f"shape: {key} is {shape}, expected {_file_shape(leaves)}")
-                elif not problems:
-                    loaded |= _leaves_of(tensors.get_tensor(in_file), leaves, dtype)
+    wanted = by_key(skeleton, names)
+    sources = {key: _sources(key, pieces[0].stored.packed, found) for key, pieces in wanted.items()}
+    known = {source for keys in sources.values() for source in keys}
+    problems = [
+        f"missing: {source}" + (f" {_file_shape(wanted[key])}" if source == key else "")
+        for key, keys in sources.items()
+        for source in keys
+        if source not in found
+    ]
+    problems += [f"left over: {key}" for key in found if key is not None and key not in known]
+    for key, pieces in wanted.items():
+        if key in found and (shape := _shape_of(*found[key])) != _file_shape(pieces):
+            problems.append(f"shape: {key} is {shape}, expected {_file_shape(pieces)}")
     if problems:
         raise ValueError(f"{folder} does not hold the model its config.json describes:\n  " + "\n  ".join(problems))
+
+    loaded: dict[str, Any] = {}
+    for key, pieces in wanted.items():
+        arrays = [_read(*found[source]) for source in sources[key]]
+        decode = pieces[0].stored.packed.decode if pieces[0].stored.packed and key not in found else None
+        tensor = decode(*arrays) if decode else arrays[0]
+        if tensor.shape != _file_shape(pieces):
+            raise ValueError(f"{', '.join(sources[key])} in {folder} make {tensor.shape}, expected {_file_shape(pieces)}")
+        for piece, array in zip(pieces, _cut(tensor, pieces), strict=True):
+            if piece.expert is None:
+                loaded[piece.path] = jnp.asarray(array, dtype=dtype)
+                continue
+            if piece.path not in loaded:
+                loaded[piece.path] = np.empty(piece.leaf.shape, array.dtype if dtype is None else dtype)
+            loaded[piece.path][piece.expert] = array
+            if piece.expert == piece.leaf.shape[0] - 1:
+                loaded[piece.path] = jnp.asarray(loaded[piece.path])
     return jax.tree.unflatten(jax.tree.structure(skeleton), [loaded[path] for path in leaves_by_path(skeleton)])
 
 
-def _leaves_of(tensor: np.ndarray, leaves: list[tuple[str, Stored, Any]], dtype: Any) -> dict[str, jax.Array]:
-    """Our leaves, cut from a tensor of the file."""
-    whole = tensor.T if leaves[0][1].transposed else tensor
-    pieces = np.split(whole, np.cumsum([leaf.shape[0] for _, _, leaf in leaves])[:-1]) if len(leaves) > 1 else [whole]
-    return {path: jnp.asarray(piece, dtype=dtype) for (path, _, _), piece in zip(leaves, pieces, strict=True)}
+def _sources(key: str, packed: Packed | None, found: Mapping[Any, Any]) -> list[str]:
+    """The tensors of the file that make the one we want."""
+    if packed is None or key in found or not any(key + suffix in found for suffix in packed.suffixes):
+        return [key]
+    return [key + suffix for suffix in packed.suffixes]
+
+
+def _shape_of(key: str, file: Path) -> tuple[int, ...]:
+    with _open(file) as tensors:
+        return tuple(tensors.get_slice(key).get_shape())
+
+
+def _read(key: str, file: Path) -> np.ndarray:
+    with _open(file) as tensors:
+        return tensors.get_tensor(key)
 
 
 def save_folder(model: AbstractLM, names: Names, folder: Path, *, dtype: Any = None, extra_config: Mapping[str, Any] | None = None) -> None:
@@ -127,10 +226,9 @@ def save_folder(model: AbstractLM, names: Names, folder: Path, *, dtype: Any = N
     config = model.config.to_hf()  # first: it may refuse
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
-    for key, leaves in _by_key(model, names).items():
-        pieces = [np.asarray(leaf if dtype is None else leaf.astype(dtype)) for _, _, leaf in leaves]
-        whole = np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
-        tensors[key] = np.ascontiguousarray(whole.T) if leaves[0][1].transposed else whole
+    for key, pieces in by_key(model, names).items():
+        arrays = [np.asarray(piece.leaf if piece.expert is None else piece.leaf[piece.expert]) for piece in pieces]
+        tensors[key] = _joined([array if dtype is None else array.astype(dtype) for array in arrays], pieces)
     try:
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     except SafetensorError as error:
