@@ -293,7 +293,7 @@ def _gathered(pieces: list[Piece], dtype: np.dtype) -> np.ndarray:
 
 def _on_host(piece: Piece) -> np.ndarray:
     """A piece's numbers. An array keeps for good the copy it once gave to the host, so one that lies elsewhere is asked through a copy."""
-    if piece.expert is not None:
-        return np.asarray(piece.leaf[piece.expert])
-    elsewhere = isinstance(piece.leaf, jax.Array) and [device.platform for device in piece.leaf.devices()] != ["cpu"]
-    return np.asarray(jnp.copy(piece.leaf) if elsewhere else piece.leaf)
+    leaf, expert = piece.leaf, piece.expert
+    if isinstance(leaf, jax.Array) and [device.platform for device in leaf.devices()] != ["cpu"]:
+        return np.asarray(jnp.copy(leaf) if expert is None else jax.lax.dynamic_index_in_dim(leaf, expert, keepdims=False))
+    return np.asarray(leaf)[... if expert is None else expert]

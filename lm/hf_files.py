@@ -9,7 +9,6 @@ import errno
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -203,8 +202,11 @@ def _write_shard(file: Path, plans: Mapping[str, Plan]) -> None:
 
 @contextmanager
 def _replacing(folder: Path, names: list[str]) -> Iterator[dict[str, Path]]:
-    """A hidden file beside each name; at the end of the `with` they take their places, or go if it raises."""
-    beside = {name: folder / f".{name}.{secrets.token_hex(4)}.writing" for name in names}
+    """A hidden file beside each name; at the end of the `with` they take their places, or go if it raises. Those a killed process left go
+    first: no two may save into one folder at a time."""
+    for path in folder.glob(".*.writing"):
+        path.unlink()
+    beside = {name: folder / f".{name}.writing" for name in names}
     try:
         yield beside
         for name, path in beside.items():

@@ -115,6 +115,20 @@ def test_a_full_disk_in_the_middle_leaves_what_was_there(folder):
     same(lm.load_pretrained(folder), tiny("llama"))
 
 
+def test_what_a_killed_process_left_is_removed_by_the_next(folder):
+    (folder / ".model-00007-of-00031.safetensors.writing").write_bytes(b"half a shard")
+    same(lm.load_pretrained(folder), tiny("llama"))
+    lm.save_pretrained(tiny("llama"), folder)
+    assert files(folder) == ["config.json", "model.safetensors"]
+
+
+def test_a_truncated_shard_is_named(folder):
+    file = max(folder.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"{file.name} is not a whole safetensors file"):
+        lm.load_pretrained(folder)
+
+
 def test_missing_and_left_over_tensors_of_shards_are_listed_together(folder):
     weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
     file = folder / weight_map["model.norm.weight"]
@@ -162,6 +176,7 @@ def test_two_models_in_one_folder_are_refused(folder):
 
 ON_FOUR_DEVICES = """
 import sys
+from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P, SingleDeviceSharding
 import lm
@@ -185,6 +200,15 @@ assert all(leaf.devices() == {jax.devices()[3]} for leaf in jax.tree.leaves(ther
 
 lm.save_pretrained(sharded, folder + "/again", max_shard_bytes=5_000)
 jax.tree.map(np.testing.assert_array_equal, lm.load_pretrained(folder + "/again"), sharded)
+
+sys.path += ["tests", "tests/lm"]
+from test_hf_names import EACH, toy
+experts = toy()
+across = jax.device_put(experts, NamedSharding(mesh, P(None, None, "b")))
+lm.hf.save_folder(across, EACH, Path(folder) / "experts")
+back = lm.hf.load_weights(jax.eval_shape(toy), EACH, Path(folder) / "experts", sharding=NamedSharding(mesh, P(None, None, "a")))
+assert all(leaf.addressable_shards[0].data.shape == (3, 5, 2) for leaf in jax.tree.leaves(back))
+jax.tree.map(np.testing.assert_array_equal, back, experts)
 print("whole")
 """
 
