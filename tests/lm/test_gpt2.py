@@ -7,7 +7,6 @@ from safetensors.numpy import load_file, save_file
 from tiny import logits_of, tiny, tiny_config
 
 import lm
-from lm.hf import Stored, part, transposed
 
 
 def test_queries_keys_and_values_lie_fused_and_transposed_in_the_file(tmp_path):
@@ -20,10 +19,6 @@ def test_queries_keys_and_values_lie_fused_and_transposed_in_the_file(tmp_path):
     np.testing.assert_array_equal(tensors["transformer.h.1.attn.c_attn.bias"][48:], attn.v_proj.bias)
     assert tensors["transformer.h.1.mlp.c_fc.weight"].shape == (24, 40)
     np.testing.assert_array_equal(lm.load_pretrained(tmp_path).blocks[1].attn.q_proj.weight, attn.q_proj.weight)
-
-
-def test_rows_of_a_table_compose():
-    assert part(2, transposed("a.{i}")) == transposed(part(2, "a.{i}")) == Stored("a.{i}", transposed=True, part=2)
 
 
 def test_files_of_before_the_prefix_load_and_their_masks_are_left(tmp_path):
