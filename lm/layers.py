@@ -88,7 +88,7 @@ class RMSNorm(eqx.Module):
 
     scale: Float[Array, " d"]
     eps: float = eqx.field(static=True)
-    offset: float = eqx.field(static=True, default=0.0)  # Gemma's files hold the distance from 1, so that decay draws to 1: there it is 1
+    offset: float = eqx.field(static=True, default=0.0)  # 1 in Gemma, whose files hold what is above 1
     ops: Ops = eqx.field(static=True, default=REFERENCE)
 
     @staticmethod

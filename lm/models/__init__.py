@@ -8,7 +8,7 @@ from jaxtyping import Array, Key
 
 from lm.base import AbstractLM
 from lm.hf import Names, abstract, load_weights, read_json, save_folder
-from lm.models import gemma2, gemma3, gpt2, llama, qwen3
+from lm.models import gemma2, gemma3, gpt2, llama, olmo2, qwen3
 
 
 class Architecture(NamedTuple):
@@ -26,6 +26,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3_text": Architecture(gemma3.Gemma3Config, gemma3.Gemma3, gemma3.HF_NAMES, gemma3.PRESETS),
     "gpt2": Architecture(gpt2.GPT2Config, gpt2.GPT2, gpt2.HF_NAMES, gpt2.PRESETS, gpt2.current_key),
     "llama": Architecture(llama.LlamaConfig, llama.Llama, llama.HF_NAMES, llama.PRESETS),
+    "olmo2": Architecture(olmo2.Olmo2Config, olmo2.Olmo2, olmo2.HF_NAMES, olmo2.PRESETS),
+    "olmo3": Architecture(olmo2.Olmo3Config, olmo2.Olmo2, olmo2.HF_NAMES, olmo2.OLMO3_PRESETS),
     "qwen3": Architecture(qwen3.Qwen3Config, qwen3.Qwen3, qwen3.HF_NAMES, qwen3.PRESETS),
 }
 
