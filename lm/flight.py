@@ -2,9 +2,11 @@
 knows.
 
 At rest `model.blocks` is a plain tuple. In flight, blocks of one structure may be stacked into a `Stack`, which is itself a block, and each
-may be wrapped in `Remat`, which is one too. Numbers are the same in every flight, dropout included (`tests/lm/test_flight.py`).
+may be wrapped in `Remat`, which is one too. Where kinds of blocks take turns (in Gemma 3, five with a window and one without), a `Chain`
+holds one turn and the turns are stacked. Numbers are the same in every flight, dropout included (`tests/lm/test_flight.py`).
 """
 
+from collections.abc import Iterator
 from typing import Any, Literal, TypeVar
 
 import equinox as eqx
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from pydantic import BaseModel
 
-from lm.base import AbstractBlock, AbstractLM, Aux
+from lm.base import AbstractBlock, AbstractLM, Aux, add_aux
 from lm.kernels import Ops, with_ops
 from lm.layers import Linear
 from lm.masks import Facts
@@ -55,6 +57,28 @@ class Remat(AbstractBlock):
         return self.block.empty_cache(batch, slots, dtype)
 
 
+class Chain(AbstractBlock):
+    """Blocks of one layer each, whatever their structure, run one after the other as one block."""
+
+    blocks: tuple[AbstractBlock, ...]
+
+    @property
+    def depth(self) -> int:
+        return len(self.blocks)
+
+    def __call__(self, x: Any, facts: Facts, cache: Any = None, *, key: Array | None = None) -> tuple[Any, Any, Aux]:
+        caches: list[Any] = []
+        aux: Aux = {}
+        for i, block in enumerate(self.blocks):
+            x, block_cache, block_aux = block(x, facts, None if cache is None else cache[i], key=None if key is None else key[i])
+            caches.append(block_cache)
+            aux = add_aux(aux, block_aux)
+        return x, None if cache is None else tuple(caches), aux
+
+    def empty_cache(self, batch: tuple[int, ...], slots: int, dtype: Any) -> Any:
+        return tuple(block.empty_cache(batch, slots, dtype) for block in self.blocks)
+
+
 class Stack(AbstractBlock):
     """`n` blocks of one structure, their arrays stacked along a leading axis and scanned."""
 
@@ -70,10 +94,12 @@ class Stack(AbstractBlock):
 
     @property
     def depth(self) -> int:
-        return self.n
+        return self.n * self.blocks.depth
 
     def __call__(self, x: Any, facts: Facts, cache: Any = None, *, key: Array | None = None) -> tuple[Any, Any, Aux]:
         arrays, static = eqx.partition(self.blocks, eqx.is_array)
+        if key is not None and self.blocks.depth > 1:
+            key = key.reshape(self.n, self.blocks.depth)
 
         def body(x: Any, layer: tuple[Any, Any, Any]) -> tuple[Any, tuple[Any, Aux]]:
             layer_arrays, layer_cache, layer_key = layer
@@ -101,23 +127,37 @@ def cast_linears(blocks: tuple[Any, ...], dtype: Any) -> tuple[Any, ...]:
     return jax.tree.map(cast, blocks, is_leaf=lambda node: isinstance(node, Linear))
 
 
-def _runs(blocks: tuple[AbstractBlock, ...]) -> list[tuple[AbstractBlock, ...]]:
-    """Neighbours of one structure (shapes and dtypes included), together."""
+def _stacked(blocks: tuple[AbstractBlock, ...]) -> Iterator[AbstractBlock]:
+    """Blocks that repeat as Stacks, the others as they are. From each block on, the period that covers most is taken: 1 where neighbours
+    are alike, 6 where every sixth differs."""
 
-    def structure(block: AbstractBlock) -> tuple[Any, ...]:
+    def structure(block: AbstractBlock) -> tuple[Any, ...]:  # shapes and dtypes included
         leaves, treedef = jax.tree.flatten(block)
         return treedef, *[(leaf.shape, leaf.dtype) for leaf in leaves]
 
-    runs: list[list[AbstractBlock]] = []
-    previous: tuple[Any, ...] | None = None
-    for block in blocks:
-        current = structure(block)
-        if current == previous:
-            runs[-1].append(block)
+    structures = [structure(block) for block in blocks]
+
+    def turns(first: int, period: int) -> int:
+        """How often the next `period` blocks come, one time after the other."""
+        pattern = structures[first : first + period]
+        n = 1
+        while structures[first + n * period : first + (n + 1) * period] == pattern:
+            n += 1
+        return n
+
+    first = 0
+    while first < len(blocks):
+        covered, period = 1, 1
+        for candidate in range(1, (len(blocks) - first) // 2 + 1):
+            n = turns(first, candidate)
+            if n > 1 and n * candidate > covered:
+                covered, period = n * candidate, candidate
+        if covered == 1:
+            yield blocks[first]
         else:
-            runs.append([block])
-        previous = current
-    return [tuple(run) for run in runs]
+            units = [blocks[at : at + period] for at in range(first, first + covered, period)]
+            yield Stack.of(tuple(unit[0] if period == 1 else Chain(unit) for unit in units))
+        first += covered
 
 
 def put_on_flight(model: Model, flight: Flight, ops: Ops) -> Model:
@@ -127,6 +167,6 @@ def put_on_flight(model: Model, flight: Flight, ops: Ops) -> Model:
     if flight.remat != "none":
         blocks = tuple(Remat(block, flight.remat) for block in blocks)
     if flight.layers == "scan":
-        blocks = tuple(Stack.of(run) if len(run) > 1 else run[0] for run in _runs(blocks))
+        blocks = tuple(_stacked(blocks))
     flying = with_ops(eqx.tree_at(lambda m: m.blocks, model, blocks), ops)
     return flying

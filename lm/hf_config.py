@@ -1,7 +1,7 @@
 """`config.json` ⇄ our configs: read key by key, so that none goes unnoticed, and written only where `transformers` computes the same."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from lm import rope
 
@@ -33,6 +33,11 @@ class ConfigReader:
         if default is _MISSING:
             raise ValueError(f"config.json of model_type {self.model_type!r} lacks {name!r}")
         return default
+
+    def take_nullable(self, name: str, default: Any) -> Any:
+        """The value of a key, `None` where the file says null; `default` only where it is absent."""
+        self.used.add(name)
+        return self.config.get(name, default)
 
     def expect(self, name: str, expected: Any, *, default: Any) -> None:
         """Refuse any value but the one our drawing computes."""
@@ -137,6 +142,43 @@ def write_rope(
             scaling = {"rope_type": name} | {theirs: value for theirs, value in values.items() if value is not None}
             return {"rope_theta": rope_base, "rope_scaling": scaling}
     raise ValueError(f"the {model_type} of transformers has no key for rope_scaling = {rope_scaling!r}")
+
+
+LayerKind = Literal["sliding_attention", "full_attention"]  # a layer that sees a window, and one that sees all that came before
+
+
+def every_full(period: int, n_layers: int) -> tuple[LayerKind, ...]:
+    """`layer_types` where a file has none: each `period`-th layer sees everything, those between them a window."""
+    return tuple("full_attention" if layer % period == 0 else "sliding_attention" for layer in range(1, n_layers + 1))
+
+
+def check_layer_types(layer_types: tuple[LayerKind, ...], n_layers: int) -> None:
+    """Kinds of layers that do not cover the layers, in words."""
+    if len(layer_types) != n_layers:
+        raise ValueError(f"layer_types must name {n_layers} kinds, one for each of n_layers; it names {len(layer_types)}")
+
+
+def read_rope_of_kinds(read: ConfigReader, context: int, bases: Mapping[LayerKind, tuple[str, float]]) -> dict[str, Any]:
+    """`rope_base` and `rope_scaling` of layers that see everything, `rope_base_local` of those with a window, which no file scales.
+
+    **Arguments:**
+
+    - `bases`: the key for each kind's base at the top level (transformers 4), and the base where no key gives one. In transformers 5 both
+      stand in `rope_parameters`, under the kinds.
+    """
+    nested, scaling = read.take("rope_parameters", {}), read.take("rope_scaling", {})
+    if unknown := set(nested) - set(bases):
+        raise ValueError(f"rope_parameters of {read.model_type} must be given for {' and '.join(bases)}; it has {sorted(unknown)}")
+    found = {}
+    for kind, (key, default) in bases.items():
+        parameters = dict(nested.get(kind) or {}) | (scaling if kind == "full_attention" else {})
+        base = parameters.pop("rope_theta", read.take(key, default))
+        found[kind] = read_rope(ConfigReader({"rope_theta": base, "rope_scaling": parameters}, read.model_type), context)
+    if found["sliding_attention"]["rope_scaling"] is not None:
+        raise ValueError(
+            f"config.json scales RoPE in sliding layers ({nested['sliding_attention']}); our {read.model_type} does so in full layers only"
+        )
+    return found["full_attention"] | {"rope_base_local": found["sliding_attention"]["rope_base"]}
 
 
 def refuse_native(model_type: str, **settings: Any) -> None:

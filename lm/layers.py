@@ -84,18 +84,21 @@ class Embedding(eqx.Module):
 
 
 class RMSNorm(eqx.Module):
-    """x / rms(x) · scale over the last axis, in fp32 (arXiv:1910.07467)."""
+    """x / rms(x) · (offset + scale) over the last axis, in fp32 (arXiv:1910.07467)."""
 
     scale: Float[Array, " d"]
     eps: float = eqx.field(static=True)
+    offset: float = eqx.field(static=True, default=0.0)  # 1 in Gemma, whose files hold what is above 1
     ops: Ops = eqx.field(static=True, default=REFERENCE)
 
     @staticmethod
-    def init(d: int, eps: float) -> "RMSNorm":
-        return RMSNorm(jnp.ones(d), eps)
+    def init(d: int, eps: float, offset: float = 0.0) -> "RMSNorm":
+        """A norm that multiplies by 1."""
+        return RMSNorm(jnp.full(d, 1.0 - offset), eps, offset)
 
     def __call__(self, x: Float[Array, "*batch {self.scale.shape[0]}"]) -> Float[Array, "*batch {self.scale.shape[0]}"]:
-        return self.ops.rms_norm(x, self.scale, self.eps)
+        scale = self.scale if self.offset == 0 else self.offset + self.scale.astype(jnp.float32)  # in bf16, 1 + w would be rounded
+        return self.ops.rms_norm(x, scale, self.eps)
 
 
 class LayerNorm(eqx.Module):

@@ -129,7 +129,8 @@ def run(config: Config, folder: Path) -> None:
     seq = config.seq or min(shape.context, 1024)
     if seq > shape.context:
         raise ValueError(f"--seq {seq} is more than the context of this model, {shape.context}")
-    ops, flight = choose_flight(config, device_facts(device), n_layers=shape.n_layers, head_dim=shape.head_dim, seq=seq)
+    softcap = getattr(shape, "attention_softcap", None)
+    ops, flight = choose_flight(config, device_facts(device), n_layers=shape.n_layers, head_dim=shape.head_dim, seq=seq, softcap=softcap)
     tokenizer.save(folder / "tokenizer", model_max_length=shape.context)
     logger.info(f"model: {origin}, {shape.model_type}, {model.n_params:,} parameters, context {shape.context}; rows of {seq} tokens")
     logger.info(f"on {device.device_kind}: kernels {ops.name}, {flight.dtype}, layers as a {flight.layers}, remat {flight.remat}")

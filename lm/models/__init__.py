@@ -10,7 +10,7 @@ from lm.base import AbstractLM
 from lm.hf import MAX_SHARD_BYTES, Names, Shardings, abstract, load_weights, save_folder
 from lm.hf_files import CONFIG_FILE, read_json
 from lm.hub import folder_of
-from lm.models import gpt2, llama, qwen3
+from lm.models import gemma2, gemma3, gpt2, llama, olmo2, qwen3
 
 
 class Architecture(NamedTuple):
@@ -24,8 +24,12 @@ class Architecture(NamedTuple):
 
 
 ARCHITECTURES: dict[str, Architecture] = {
+    "gemma2": Architecture(gemma2.Gemma2Config, gemma2.Gemma2, gemma2.HF_NAMES, gemma2.PRESETS),
+    "gemma3_text": Architecture(gemma3.Gemma3Config, gemma3.Gemma3, gemma3.HF_NAMES, gemma3.PRESETS),
     "gpt2": Architecture(gpt2.GPT2Config, gpt2.GPT2, gpt2.HF_NAMES, gpt2.PRESETS, gpt2.current_key),
     "llama": Architecture(llama.LlamaConfig, llama.Llama, llama.HF_NAMES, llama.PRESETS),
+    "olmo2": Architecture(olmo2.Olmo2Config, olmo2.Olmo2, olmo2.HF_NAMES, olmo2.PRESETS),
+    "olmo3": Architecture(olmo2.Olmo3Config, olmo2.Olmo2, olmo2.HF_NAMES, olmo2.OLMO3_PRESETS),
     "qwen3": Architecture(qwen3.Qwen3Config, qwen3.Qwen3, qwen3.HF_NAMES, qwen3.PRESETS),
 }
 
