@@ -8,7 +8,7 @@ from jaxtyping import Array, Key
 
 from lm.base import AbstractLM
 from lm.hf import Names, abstract, load_weights, read_json, save_folder
-from lm.models import gpt2, llama, qwen3
+from lm.models import gpt2, gpt_neox, granite, llama, mistral, phi3, qwen2, qwen3, smollm3
 
 
 class Architecture(NamedTuple):
@@ -23,8 +23,14 @@ class Architecture(NamedTuple):
 
 ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": Architecture(gpt2.GPT2Config, gpt2.GPT2, gpt2.HF_NAMES, gpt2.PRESETS, gpt2.current_key),
-    "llama": Architecture(llama.LlamaConfig, llama.Llama, llama.HF_NAMES, llama.PRESETS),
+    "gpt_neox": Architecture(gpt_neox.GPTNeoXConfig, gpt_neox.GPTNeoX, gpt_neox.HF_NAMES, gpt_neox.PRESETS, gpt_neox.current_key),
+    "granite": Architecture(granite.GraniteConfig, granite.Granite, granite.HF_NAMES, granite.PRESETS),
+    "llama": Architecture(llama.LlamaConfig, llama.Llama, llama.HF_NAMES, llama.PRESETS, llama.current_key),
+    "mistral": Architecture(mistral.MistralConfig, llama.Llama, llama.HF_NAMES, mistral.PRESETS),
+    "phi3": Architecture(phi3.Phi3Config, llama.Llama, phi3.HF_NAMES, phi3.PRESETS),
+    "qwen2": Architecture(qwen2.Qwen2Config, llama.Llama, llama.HF_NAMES, qwen2.PRESETS),
     "qwen3": Architecture(qwen3.Qwen3Config, qwen3.Qwen3, qwen3.HF_NAMES, qwen3.PRESETS),
+    "smollm3": Architecture(smollm3.SmolLM3Config, llama.Llama, llama.HF_NAMES, smollm3.PRESETS),
 }
 
 
