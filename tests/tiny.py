@@ -11,15 +11,12 @@ import numpy as np
 
 import lm
 from data.pipeline import Batch
-from lm.models.gpt2 import GPT2Config
-from lm.models.llama import LlamaConfig
-from lm.models.qwen3 import Qwen3Config
 
 SIZES = {"vocab": 97, "d_model": 24, "n_layers": 3, "n_heads": 6, "n_kv_heads": 2, "head_dim": 8, "d_ff": 40, "context": 64}
 
 
 def tiny_config(name: str, **changes):
-    kind = {"gpt2": GPT2Config, "llama": LlamaConfig, "qwen3": Qwen3Config}[name]
+    kind = lm.ARCHITECTURES[name].config
     sizes = {size: value for size, value in SIZES.items() if size in kind.model_fields}  # heads of a gpt2 are d_model / n_heads wide: 4
     return kind(**(sizes | {"tied": name != "llama", "init_std": 0.2} | changes))
 

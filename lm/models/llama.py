@@ -76,10 +76,10 @@ class LlamaConfig(BaseModel, frozen=True, extra="forbid"):
     def refuse_all_but(self, *known: str) -> None:
         """Refuse to write what the family's `config.json` has no keys for: any setting that some of Llama's kin lack, save the `known`
         ones, must be the family's own."""
-        settings = ("attention_bias", "attention_out_bias", "mlp_bias", "attention_softcap", "logit_softcap", "n_heads_by_layer")
-        settings += ("d_ff_by_layer", "window_by_layer", "rope_by_layer")
-        fields = type(self).model_fields
-        other = {name: getattr(self, name) for name in settings if name not in known and getattr(self, name) != fields[name].default}
+        of_some = ("attention_bias", "attention_out_bias", "mlp_bias", "attention_softcap", "logit_softcap")
+        of_layers = ("n_heads_by_layer", "d_ff_by_layer", "window_by_layer", "rope_by_layer")
+        own = {name: type(self).model_fields[name].default for name in (*of_some, *of_layers) if name not in known}
+        other = {name: getattr(self, name) for name in own if getattr(self, name) != own[name]}
         refuse_native(self.model_type, **other)
 
     @staticmethod
