@@ -23,6 +23,7 @@ import jax.random as jr
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
+from lm import rope
 from lm.cache import LayerCache
 from lm.kernels import REFERENCE, Ops, soft_cap
 from lm.masks import Facts, default_facts
@@ -98,6 +99,7 @@ class AbstractLM(eqx.Module, is_abstract=True):
 
     def empty_cache(self, batch: tuple[int, ...], slots: int, dtype: Any = jnp.float32) -> tuple[Any, ...]:
         """One empty cache for each block."""
+        rope.check_cache(getattr(self.config, "rope_scaling", None), slots)  # GPT-2 has none
         return tuple(block.empty_cache(batch, slots, dtype) for block in self.blocks)
 
     @property

@@ -40,7 +40,7 @@ class Stored:
     key: str  # in the file; {i} is the layer, {e} the expert
     transposed: bool = False  # kept (in, out): the last two axes change places
     part: int | None = None  # which piece of a fused tensor, counted along its output axis; sizes are those of the leaves
-    rows: int | None = None  # of a fused tensor whose pieces take turns: how many rows of this one follow each other; None: all
+    rows: int | str | None = None  # where pieces take turns: how many rows of this one follow each other, or the config's field; None: all
     packed: Packed | None = None  # read where the file has not the tensor itself
 
 
@@ -49,9 +49,10 @@ def transposed(stored: str | Stored) -> Stored:
     return replace(_stored(stored), transposed=True)
 
 
-def part(i: int, stored: str | Stored, *, rows: int | None = None) -> Stored:
+def part(i: int, stored: str | Stored, *, rows: int | str | None = None) -> Stored:
     """Piece `i` of a tensor that holds several of our leaves, such as queries, keys and values. One lies after the other, or they take
-    turns: `rows` of the first, as many of the second, and so on over and over (gate and up of gpt-oss with `rows=1`)."""
+    turns: `rows` of the first, as many of the second, and so on over and over (gate and up of gpt-oss with `rows=1`). Where the config
+    has to say it, `rows` names its field (queries, keys and values of GPT-NeoX with `rows="head_dim"`: a head's stand together)."""
     return replace(_stored(stored), part=i, rows=rows)
 
 
@@ -94,6 +95,7 @@ class Piece(NamedTuple):
     stored: Stored
     leaf: Any  # array or jax.ShapeDtypeStruct
     expert: int | None
+    rows: int | None  # as `Stored.rows`, the config asked
 
     @property
     def is_last(self) -> bool:
@@ -111,7 +113,7 @@ class Piece(NamedTuple):
     def in_turns(self, array: np.ndarray) -> np.ndarray:
         """(turns, rows, ...): outputs in front, as this piece takes its turns."""
         front = np.moveaxis(array, self.axis, 0)
-        return front.reshape(-1, self.stored.rows or len(front), *front.shape[1:])
+        return front.reshape(-1, self.rows or len(front), *front.shape[1:])
 
     def from_turns(self, array: np.ndarray) -> np.ndarray:
         return np.moveaxis(array.reshape(-1, *array.shape[2:]), 0, self.axis)
@@ -122,8 +124,9 @@ def by_key(tree: Any, names: Names) -> dict[str, list[Piece]]:
     found: dict[str, list[Piece]] = {}
     for path, leaf in leaves_by_path(tree).items():
         stored = stored_leaf(path, names)
+        rows = getattr(tree.config, stored.rows) if isinstance(stored.rows, str) else stored.rows
         for e in range(leaf.shape[0]) if "{e}" in stored.key else (None,):
-            found.setdefault(stored.key.replace("{e}", str(e)), []).append(Piece(path, stored, leaf, e))
+            found.setdefault(stored.key.replace("{e}", str(e)), []).append(Piece(path, stored, leaf, e, rows))
     return {key: sorted(pieces, key=lambda piece: piece.stored.part or 0) for key, pieces in found.items()}
 
 
@@ -141,7 +144,7 @@ def _cut(tensor: np.ndarray, pieces: list[Piece]) -> list[np.ndarray]:
     whole = tensor.swapaxes(-1, -2) if pieces[0].stored.transposed else tensor
     if len(pieces) == 1:
         return [whole]
-    sizes = [piece.stored.rows or piece.shape[piece.axis] for piece in pieces]
+    sizes = [piece.rows or piece.shape[piece.axis] for piece in pieces]
     front = np.moveaxis(whole, pieces[0].axis, 0)
     turns = np.split(front.reshape(-1, sum(sizes), *front.shape[1:]), np.cumsum(sizes)[:-1], axis=1)
     return [piece.from_turns(turn) for piece, turn in zip(pieces, turns, strict=True)]

@@ -1,6 +1,6 @@
 """`config.json` ⇄ our configs: read key by key, so that none goes unnoticed, and written only where `transformers` computes the same."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from lm import rope
@@ -34,8 +34,8 @@ class ConfigReader:
             raise ValueError(f"config.json of model_type {self.model_type!r} lacks {name!r}")
         return default
 
-    def take_nullable(self, name: str, default: Any) -> Any:
-        """The value of a key, `None` where the file says null; `default` only where it is absent."""
+    def take_or_null(self, name: str, default: Any) -> Any:
+        """The value of a key where null has a meaning of its own, such as no window; `default` only where the key is absent."""
         self.used.add(name)
         return self.config.get(name, default)
 
@@ -83,64 +83,103 @@ _ROPE_KINDS: dict[str, tuple[type[rope.Scaling], dict[str, str]]] = {
         {"original_max_position_embeddings": "original_context"}
         | {name: name for name in ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")},
     ),
+    "longrope": (
+        rope.LongRope,
+        {"original_max_position_embeddings": "original_context"}
+        | {name: name for name in ("short_factor", "long_factor", "factor", "attention_factor")},
+    ),
 }
 
 
-def read_rope(read: ConfigReader, context: int) -> dict[str, Any]:
+def read_rope(
+    read: ConfigReader,
+    context: int,
+    *,
+    base: float = 10_000.0,
+    base_key: str = "rope_theta",
+    fraction: float | None = None,
+    fraction_key: str = "partial_rotary_factor",
+    original_context: int | None = None,
+) -> dict[str, Any]:
     """`rope_base` and `rope_scaling`, from the top level and `rope_scaling` (transformers 4) or from `rope_parameters` (transformers 5).
-    What transformers would not compute, or we would not, is refused by name."""
-    parameters = read.take("rope_parameters", {}) | read.take("rope_scaling", {})
-    theta = float(read.take("rope_theta", parameters.get("rope_theta", 10_000.0)))
-    fraction = read.take("partial_rotary_factor", parameters.get("partial_rotary_factor", 1.0))
-    if fraction != 1:
-        raise ValueError(
-            f"config.json has partial_rotary_factor = {fraction}, which the {read.model_type} of transformers does not compute"
-        )
+    What transformers would not compute, or we would not, is refused by name.
+
+    **Arguments:**
+
+    - `base`: where the file is silent.
+    - `base_key`, `fraction_key`: their names at the top level.
+    - `fraction`: of a head that is rotated where the file is silent; then `rope_fraction` is returned too. `None`: the family rotates whole
+      heads.
+    - `original_context`: of families that keep it at the top level, where it goes before that in the parameters.
+    """
+    modern = read.take("rope_parameters", {})
+    parameters = read.take("rope_scaling", {}) or modern
+    theta = float(parameters.get("rope_theta", read.take(base_key, modern.get("rope_theta", base))))
+    part = parameters.get("partial_rotary_factor", read.take(fraction_key, modern.get("partial_rotary_factor", fraction or 1.0)))
+    if part != 1 and fraction is None:
+        raise ValueError(f"config.json has partial_rotary_factor = {part}, which the {read.model_type} of transformers does not compute")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     given = {
         name: value
         for name, value in parameters.items()
         if value is not None and name not in ("rope_type", "type", "rope_theta", "partial_rotary_factor")
     }
+    found = {"rope_base": theta} | ({} if fraction is None else {"rope_fraction": part})
+    if kind == "default" and set(given) <= {
+        "original_max_position_embeddings"
+    }:  # transformers 5 writes it for phi3, which has no use for it
+        return found | {"rope_scaling": None}
     if kind != "default" and kind not in _ROPE_KINDS:
         raise ValueError(f"config.json asks for RoPE of type {kind!r}; known are default, {', '.join(_ROPE_KINDS)}")
     names = {} if kind == "default" else _ROPE_KINDS[kind][1]
     unknown = set(given) - set(names)
     if unknown:
         raise ValueError(f"config.json has rope parameters we do not know for type {kind!r}: {sorted(unknown)}")
-    if kind == "default":
-        return {"rope_base": theta, "rope_scaling": None}
     values = {names[name]: value for name, value in given.items()}
     if kind == "dynamic":
         values |= {"original_context": context, "length": context}
-    else:
-        if "original_context" in names.values():
-            values.setdefault("original_context", context)
-        if kind == "yarn":
+    elif "original_context" in names.values():
+        values["original_context"] = original_context or values.get("original_context", context)
+        if kind in ("yarn", "longrope"):
             values.setdefault("factor", context / values["original_context"])
-    return {"rope_base": theta, "rope_scaling": _ROPE_KINDS[kind][0](**values)}
+    return found | {"rope_scaling": _ROPE_KINDS[kind][0](**values)}
 
 
 def write_rope(
-    model_type: str, *, rope_base: float, rope_scaling: rope.Scaling | None, rope_fraction: float, head_dim: int, context: int
+    model_type: str,
+    *,
+    rope_base: float,
+    rope_scaling: rope.Scaling | None,
+    rope_fraction: float,
+    head_dim: int,
+    context: int,
+    base_key: str = "rope_theta",
+    fraction_key: str | None = None,
 ) -> dict[str, Any]:
-    """The keys of `config.json` that say it, readable by transformers 4 and 5, or an error where there are none."""
-    if rope_fraction != 1:
+    """The keys of `config.json` that say it, readable by transformers 4 and 5, or an error where there are none. `fraction_key`: the name
+    of `rope_fraction`; `None`: the family rotates whole heads."""
+    if rope_fraction != 1 and fraction_key is None:
         raise ValueError(f"the {model_type} of transformers cannot rotate a part of each head (rope_fraction = {rope_fraction})")
+    plain: dict[str, Any] = {base_key: rope_base} | ({fraction_key: rope_fraction} if fraction_key else {})
     if rope_scaling is None:
-        return {"rope_theta": rope_base}
+        return plain
     if isinstance(rope_scaling, rope.NTK):  # nothing but another base
-        return {"rope_theta": rope.ntk_base(rope_base, head_dim, rope_scaling.factor)}
+        return plain | {base_key: rope.ntk_base(rope_base, int(head_dim * rope_fraction), rope_scaling.factor)}
     if isinstance(rope_scaling, rope.DynamicNTK) and not rope_scaling.length == rope_scaling.original_context == context:
         raise ValueError(
             f"transformers lets dynamic NTK grow with the text; ours is fixed at length {rope_scaling.length}. Only within the context "
             f"({context}), where neither stretches, are they one function: write the fixed one as NTK"
         )
+    if isinstance(rope_scaling, rope.LongRope) and rope_scaling.length is not None:
+        raise ValueError(
+            f"transformers chooses the factors of LongRoPE by each text; ours are fixed for length {rope_scaling.length}. "
+            "Write the model with length None"
+        )
     for name, (kind, names) in _ROPE_KINDS.items():
         if isinstance(rope_scaling, kind):
             values = {theirs: getattr(rope_scaling, ours) for theirs, ours in names.items()}
             scaling = {"rope_type": name} | {theirs: value for theirs, value in values.items() if value is not None}
-            return {"rope_theta": rope_base, "rope_scaling": scaling}
+            return plain | {"rope_scaling": scaling}
     raise ValueError(f"the {model_type} of transformers has no key for rope_scaling = {rope_scaling!r}")
 
 
@@ -179,6 +218,93 @@ def read_rope_of_kinds(read: ConfigReader, context: int, bases: Mapping[LayerKin
             f"config.json scales RoPE in sliding layers ({nested['sliding_attention']}); our {read.model_type} does so in full layers only"
         )
     return found["full_attention"] | {"rope_base_local": found["sliding_attention"]["rope_base"]}
+
+
+def read_decoder(
+    read: ConfigReader, *, context: int, norm_eps: float = 1e-6, tied: bool = False, head_dim: int | None = None, **of_rope: Any
+) -> dict[str, Any]:
+    """What decoders of Llama's kin have in common, by our names; the defaults, where the file is silent, are those of the family.
+    `head_dim=None`: d_model / n_heads. `of_rope` goes to `read_rope`."""
+    n_heads, d_model = read.take("num_attention_heads"), read.take("hidden_size")
+    context = read.take("max_position_embeddings", context)
+    read.expect("hidden_act", "silu", default="silu")
+    return {
+        "vocab": read.take("vocab_size"),
+        "d_model": d_model,
+        "n_layers": read.take("num_hidden_layers"),
+        "n_heads": n_heads,
+        "n_kv_heads": read.take("num_key_value_heads", n_heads),
+        "head_dim": read.take("head_dim", head_dim or d_model // n_heads),
+        "d_ff": read.take("intermediate_size"),
+        "context": context,
+        "norm_eps": read.take("rms_norm_eps", norm_eps),
+        "tied": read.take("tie_word_embeddings", tied),
+        "init_std": read.take("initializer_range", 0.02),
+        "attention_dropout": read.take("attention_dropout", 0.0),
+        **read_rope(read, context, **of_rope),
+    }
+
+
+def write_decoder(config: Any, **of_rope: Any) -> dict[str, Any]:
+    """The keys `read_decoder` reads; `of_rope` goes to `write_rope`."""
+    numbers = {name: getattr(config, name) for name in ("rope_base", "rope_scaling", "rope_fraction", "head_dim", "context")}
+    return {
+        "vocab_size": config.vocab,
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.d_ff,
+        "max_position_embeddings": config.context,
+        **write_rope(config.model_type, **numbers, **of_rope),
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied,
+        "hidden_act": "silu",
+        "initializer_range": config.init_std,
+        "attention_dropout": config.attention_dropout,
+    }
+
+
+def read_windows(read: ConfigReader, n_layers: int, slides: Callable[[int], bool], window: int | None) -> tuple[int | None, ...] | None:
+    """`window_by_layer` of families whose `layer_types` say which layers slide; `slides(layer)` where they say nothing, and `window` where
+    `sliding_window` is absent. `None`: no layer slides."""
+    window = read.take_or_null("sliding_window", window)
+    window = window if read.take("use_sliding_window", False) else None
+    by_rule = ["sliding_attention" if window is not None and slides(i) else "full_attention" for i in range(n_layers)]
+    kinds = read.take("layer_types", by_rule)
+    if len(kinds) != n_layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
+        raise ValueError(f"config.json has layer_types = {kinds}; expected {n_layers} of full_attention or sliding_attention")
+    if "sliding_attention" not in kinds:
+        return None
+    if window is None:
+        raise ValueError("config.json has layer_types with sliding_attention, but no sliding_window, or use_sliding_window is not true")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def write_windows(model_type: str, window_by_layer: tuple[int | None, ...] | None, n_layers: int) -> dict[str, Any]:
+    """The keys `read_windows` reads."""
+    windows = window_by_layer or (None,) * n_layers
+    found = {window for window in windows if window is not None}
+    if len(found) > 1:
+        raise ValueError(f"the {model_type} of transformers has one window for all layers that slide; these have {sorted(found)}")
+    window = next(iter(found), None)
+    return {
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
+        "max_window_layers": next((layer for layer, each in enumerate(windows) if each is not None), n_layers),  # for older versions
+        "layer_types": ["full_attention" if each is None else "sliding_attention" for each in windows],
+    }
+
+
+def window_of_all(model_type: str, window_by_layer: tuple[int | None, ...] | None) -> int | None:
+    """The window of families with one for all layers, or none."""
+    found = set(window_by_layer or (None,))
+    if len(found) > 1:
+        raise ValueError(
+            f"the {model_type} of transformers has one window for all layers, or none; got window_by_layer = {window_by_layer}"
+        )
+    return found.pop()
 
 
 def refuse_native(model_type: str, **settings: Any) -> None:

@@ -35,9 +35,10 @@ def relu2(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jnp.square(jax.nn.relu(x))
 
 
-# Hugging Face's names for `hidden_act`. Two of them are one function.
+# Hugging Face's names for `hidden_act`. Three of them are one function.
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": gelu,
+    "gelu_fast": gelu_tanh,
     "gelu_new": gelu_tanh,
     "gelu_pytorch_tanh": gelu_tanh,
     "relu": jax.nn.relu,

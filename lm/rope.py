@@ -75,13 +75,30 @@ class Yarn(_Kind):
     truncate: bool = True  # the ramp begins and ends at whole pairs
 
 
+class LongRope(_Kind):
+    """Each pair divided by a number of its own, found by a search: one list for texts within `original_context`, another for longer ones;
+    scores sharpened as if all were long (Ding et al. 2024, arXiv:2402.13753; the attention factor is that of Phi-3, arXiv:2404.14219).
+
+    Which list: that for texts of `length` tokens, or, with `None`, for each row by its own last position, as `transformers` does. Keys in
+    a cache cannot change lists when the text grows past `original_context`: a cache that long asks for a `length`.
+    """
+
+    kind: Literal["longrope"] = "longrope"
+    short_factor: tuple[float, ...]  # one number for each pair
+    long_factor: tuple[float, ...]
+    original_context: int = Field(gt=1)
+    factor: float = Field(gt=0)  # context / original context
+    attention_factor: float | None = Field(None, gt=0)  # of cos and sin; None: √(1 + ln factor / ln original_context)
+    length: int | None = Field(None, gt=0)  # of the texts; None: each row's own
+
+
 class NoPositions(_Kind):
     """Attention without positions, order known by the causal mask alone (Kazemnejad et al. 2023, arXiv:2305.19466)."""
 
     kind: Literal["none"] = "none"
 
 
-Scaling = LinearScaling | NTK | DynamicNTK | Llama3 | Yarn | NoPositions
+Scaling = LinearScaling | NTK | DynamicNTK | Llama3 | Yarn | LongRope | NoPositions
 
 
 # ------------------------------------------------------------------------------------------- inverse wavelengths
@@ -138,12 +155,44 @@ def yarn_attention_factor(kind: Yarn) -> float:
     return mscale(1.0)
 
 
+def longrope(plain: Float[Array, " half"], kind: LongRope, *, long: bool) -> Float[Array, " half"]:
+    """Each pair divided by its number in one of the two lists (arXiv:2402.13753, eq. 3; its unscaled first tokens are left out, as in
+    Phi-3)."""
+    check_pairs(kind, plain.shape[0])
+    return plain / jnp.asarray(kind.long_factor if long else kind.short_factor, plain.dtype)
+
+
+def longrope_attention_factor(kind: LongRope) -> float:
+    """What cos and sin are multiplied by."""
+    if kind.attention_factor is not None:
+        return kind.attention_factor
+    return math.sqrt(1 + math.log(kind.factor) / math.log(kind.original_context)) if kind.factor > 1 else 1.0
+
+
+def check_pairs(scaling: Scaling | None, half: int) -> None:
+    """Lists of LongRoPE that have not a number for each pair, in words."""
+    if isinstance(scaling, LongRope):
+        for name in ("short_factor", "long_factor"):
+            if len(getattr(scaling, name)) != half:
+                raise ValueError(f"{name} has {len(getattr(scaling, name))} numbers, expected {half}: one for each pair that is rotated")
+
+
+def check_cache(scaling: Scaling | None, slots: int) -> None:
+    """A cache in which a text could outgrow the list its first keys were made by, in words."""
+    if isinstance(scaling, LongRope) and scaling.length is None and slots > scaling.original_context:
+        raise ValueError(
+            f"a cache of {slots} slots is longer than the original context of LongRoPE ({scaling.original_context}): texts that pass it "
+            "are rotated otherwise from their first token on, which keys in a cache cannot follow. Give the config's rope_scaling the "
+            "length the texts will have (a model takes another config by dataclasses.replace)"
+        )
+
+
 def rotary(head_dim: int, base: float, scaling: Scaling | None = None, fraction: float = 1.0) -> tuple[Float[Array, " half"], float]:
     """Inverse wavelengths of the rotated part, and the factor on cos and sin.
 
     **Arguments:**
 
-    - `scaling`: `None` is plain RoPE. `NoPositions` has no wavelengths: ask before.
+    - `scaling`: `None` is plain RoPE. `NoPositions` has no wavelengths, and `LongRope` without a length has two sets: ask before.
     - `fraction`: of head_dim that is rotated, from its beginning (GPT-NeoX, arXiv:2204.06745); the rest passes unturned.
     """
     rotary_dim = int(head_dim * fraction)
@@ -160,6 +209,10 @@ def rotary(head_dim: int, base: float, scaling: Scaling | None = None, fraction:
             return llama3(plain, scaling), 1.0
         case Yarn():
             return yarn(plain, base, scaling), yarn_attention_factor(scaling)
+        case LongRope():
+            if scaling.length is None:
+                raise ValueError("LongRope without a length has two sets of wavelengths, chosen by the positions: tables_of does so")
+            return longrope(plain, scaling, long=scaling.length > scaling.original_context), longrope_attention_factor(scaling)
         case NoPositions():
             raise ValueError("NoPositions rotates nothing: there are no tables to make")
     return plain, 1.0
@@ -169,7 +222,7 @@ def rotary(head_dim: int, base: float, scaling: Scaling | None = None, fraction:
 
 
 def tables(
-    positions: Int[Array, "*batch seq"], inverse_wavelengths: Float[Array, " half"], factor: float = 1.0
+    positions: Int[Array, "*batch seq"], inverse_wavelengths: Float[Array, "*#row half"], factor: float = 1.0
 ) -> tuple[Float[Array, "*batch seq rotary_dim"], Float[Array, "*batch seq rotary_dim"]]:
     """factor · cos and factor · sin of position · inverse wavelength in fp32, each half repeated to the full width (the rotate-half
     layout)."""
@@ -180,7 +233,14 @@ def tables(
 
 def tables_of(positions: Int[Array, "*batch seq"], head_dim: int, base: float, scaling: Scaling | None, fraction: float) -> Any:
     """The pair of tables a config asks for; `None` for no positions."""
-    return None if isinstance(scaling, NoPositions) else tables(positions, *rotary(head_dim, base, scaling, fraction))
+    if isinstance(scaling, NoPositions):
+        return None
+    if isinstance(scaling, LongRope) and scaling.length is None:
+        plain = frequencies(int(head_dim * fraction), base)
+        is_long = jnp.max(positions, axis=-1)[..., None, None] >= scaling.original_context  # *batch 1 1
+        inverse = jnp.where(is_long, longrope(plain, scaling, long=True), longrope(plain, scaling, long=False))
+        return tables(positions, inverse, longrope_attention_factor(scaling))
+    return tables(positions, *rotary(head_dim, base, scaling, fraction))
 
 
 def sinusoidal(positions: Int[Array, "*batch seq"], d_model: int) -> Float[Array, "*batch seq d_model"]:

@@ -71,7 +71,9 @@ def compare(reference: str, theirs: Float[np.ndarray, "places vocab"], ours: Flo
     """Two sets of logits. **Raises:** `ValueError` where there is none, or one is no number."""
     for name, logits in ((reference, theirs), ("ours", ours)):
         if logits.size == 0 or not np.isfinite(logits).all():
-            raise ValueError(f"the logits of {name} cannot be compared: {np.sum(~np.isfinite(logits))} of {logits.size} are no finite number")
+            raise ValueError(
+                f"the logits of {name} cannot be compared: {np.sum(~np.isfinite(logits))} of {logits.size} are no finite number"
+            )
     theirs, ours = theirs.astype(np.float64), ours.astype(np.float64)
     difference = np.abs(theirs - ours)
     their_five, our_five = (np.argsort(-logits, axis=-1)[:, :5] for logits in (theirs, ours))

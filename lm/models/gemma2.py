@@ -79,8 +79,8 @@ class Gemma2Config(BaseModel, frozen=True, extra="forbid"):
             attention_bias=read.take("attention_bias", False),
             init_std=read.take("initializer_range", 0.02),
             attention_dropout=read.take("attention_dropout", 0.0),
-            attention_softcap=read.take_nullable("attn_logit_softcapping", 50.0),
-            logit_softcap=read.take_nullable("final_logit_softcapping", 30.0),
+            attention_softcap=read.take_or_null("attn_logit_softcapping", 50.0),
+            logit_softcap=read.take_or_null("final_logit_softcapping", 30.0),
             **read_rope(read, context),
         )
         read.expect("hidden_activation", "gelu_pytorch_tanh", default="gelu_pytorch_tanh")

@@ -1,6 +1,8 @@
 """Llama: RMSNorm before each half, rotary positions, grouped keys, SwiGLU (Touvron et al. 2023, arXiv:2302.13971; GQA since
 arXiv:2307.09288).
 
+Mistral, Qwen2, SmolLM3 and Phi-3 are the same drawing, each with a config of its own that says which parts of it they have.
+
     x ─┬─ norm ─ attention ─(+)─┬─ norm ─ SwiGLU ─(+)─ …  norm ─ unembed
        └────────────────────────┘└────────────────┘
 """
@@ -18,7 +20,7 @@ from lm import rope
 from lm.attention import Attention
 from lm.base import AbstractBlock, AbstractLM, Aux, add_aux, aligned, facts_or_default, mark
 from lm.cache import LayerCache
-from lm.hf_config import ConfigReader, check_heads, read_rope, refuse_native, write_rope
+from lm.hf_config import ConfigReader, check_heads, read_decoder, refuse_native, write_decoder
 from lm.layers import Embedding, GatedMLP, Linear, RMSNorm, dropout
 from lm.masks import Facts
 from lm.quant import Quantised
@@ -43,51 +45,52 @@ class LlamaConfig(BaseModel, frozen=True, extra="forbid"):
     norm_eps: float = Field(1e-5, gt=0)  # rms_norm_eps
     tied: bool = False  # tie_word_embeddings
     attention_bias: bool = False  # attention_bias
+    attention_out_bias: bool | None = None  # of o_proj alone; None: as the three others; native only
+    mlp_bias: bool = False  # mlp_bias
     init_std: float = Field(0.02, gt=0)  # initializer_range
     dropout: float = Field(0.0, ge=0, lt=1)  # of embedding and residual branches, in training; not a Llama key, so never exported
     attention_dropout: float = Field(0.0, ge=0, lt=1)  # of attention probabilities, in training; attention_dropout
     attention_softcap: float | None = Field(None, gt=0)  # bounds the scores; native only
     logit_softcap: float | None = Field(None, gt=0)  # bounds the logits; native only
 
-    # A number for each layer in place of one for all; native only.
+    # One for each layer in place of one for all; native only, where no kin has keys for it.
     n_heads_by_layer: tuple[int, ...] | None = None
     d_ff_by_layer: tuple[int, ...] | None = None
     window_by_layer: tuple[int | None, ...] | None = None  # positions a query sees, itself included; None: all
+    rope_by_layer: tuple[bool, ...] | None = None  # False: a layer without positions (NoPE, arXiv:2305.19466)
 
     @model_validator(mode="after")
     def _whole(self) -> "LlamaConfig":
+        rotary_dim = int(self.head_dim * self.rope_fraction)
         for n_heads in self.n_heads_by_layer or (self.n_heads,):
-            check_heads(n_heads, self.n_kv_heads, int(self.head_dim * self.rope_fraction))
+            check_heads(n_heads, self.n_kv_heads, rotary_dim)
+        rope.check_pairs(self.rope_scaling, rotary_dim // 2)
         for name in ("n_heads_by_layer", "d_ff_by_layer", "window_by_layer"):
             numbers = getattr(self, name)
             if numbers is not None and (len(numbers) != self.n_layers or any(n is not None and n < 1 for n in numbers)):
                 raise ValueError(f"{name} must be {self.n_layers} numbers above 0, one for each of n_layers; got {numbers}")
+        if self.rope_by_layer is not None and len(self.rope_by_layer) != self.n_layers:
+            raise ValueError(f"rope_by_layer must be {self.n_layers} of true or false, one for each of n_layers; got {self.rope_by_layer}")
         return self
+
+    def refuse_all_but(self, *known: str) -> None:
+        """Refuse to write what the family's `config.json` has no keys for: any setting that some of Llama's kin lack, save the `known`
+        ones, must be the family's own."""
+        of_some = ("attention_bias", "attention_out_bias", "mlp_bias", "attention_softcap", "logit_softcap")
+        of_layers = ("n_heads_by_layer", "d_ff_by_layer", "window_by_layer", "rope_by_layer")
+        own = {name: type(self).model_fields[name].default for name in (*of_some, *of_layers) if name not in known}
+        other = {name: getattr(self, name) for name in own if getattr(self, name) != own[name]}
+        refuse_native(self.model_type, **other)
 
     @staticmethod
     def from_hf(config: dict[str, Any]) -> "LlamaConfig":
         """Read a `config.json`. Each key is used, known to be harmless, or refused by name."""
         read = ConfigReader(config, "llama")
-        n_heads, d_model = read.take("num_attention_heads"), read.take("hidden_size")
-        context = read.take("max_position_embeddings", 2048)
         result = LlamaConfig(
-            vocab=read.take("vocab_size"),
-            d_model=d_model,
-            n_layers=read.take("num_hidden_layers"),
-            n_heads=n_heads,
-            n_kv_heads=read.take("num_key_value_heads", n_heads),
-            head_dim=read.take("head_dim", d_model // n_heads),
-            d_ff=read.take("intermediate_size"),
-            context=context,
-            norm_eps=read.take("rms_norm_eps", 1e-6),
-            tied=read.take("tie_word_embeddings", False),
+            **read_decoder(read, context=2048),
             attention_bias=read.take("attention_bias", False),
-            init_std=read.take("initializer_range", 0.02),
-            attention_dropout=read.take("attention_dropout", 0.0),
-            **read_rope(read, context),
+            mlp_bias=read.take("mlp_bias", False),
         )
-        read.expect("hidden_act", "silu", default="silu")
-        read.expect("mlp_bias", False, default=False)
         read.finish(harmless={"pretraining_tp"})  # of a deleted code path
         return result
 
@@ -96,31 +99,13 @@ class LlamaConfig(BaseModel, frozen=True, extra="forbid"):
 
         **Raises:** `ValueError` naming the settings it has no key for.
         """
-        native = ("attention_softcap", "logit_softcap", "n_heads_by_layer", "d_ff_by_layer", "window_by_layer")
-        refuse_native("llama", **{name: getattr(self, name) for name in native})
+        self.refuse_all_but("attention_bias", "mlp_bias")
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
-            "vocab_size": self.vocab,
-            "hidden_size": self.d_model,
-            "num_hidden_layers": self.n_layers,
-            "num_attention_heads": self.n_heads,
-            "num_key_value_heads": self.n_kv_heads,
-            "head_dim": self.head_dim,
-            "intermediate_size": self.d_ff,
-            "max_position_embeddings": self.context,
-            **write_rope(
-                self.model_type,
-                **self.model_dump(include={"rope_base", "rope_fraction", "head_dim", "context"}),
-                rope_scaling=self.rope_scaling,
-            ),
-            "rms_norm_eps": self.norm_eps,
-            "tie_word_embeddings": self.tied,
+            **write_decoder(self),
             "attention_bias": self.attention_bias,
-            "mlp_bias": False,
-            "hidden_act": "silu",
-            "initializer_range": self.init_std,
-            "attention_dropout": self.attention_dropout,
+            "mlp_bias": self.mlp_bias,
         }
 
 
@@ -134,6 +119,7 @@ class Block(AbstractBlock):
     attn: Attention
     mlp_norm: RMSNorm
     mlp: GatedMLP
+    rope: bool = eqx.field(static=True, default=True)  # False: attention is told nothing of positions but their order
     dropout: float = eqx.field(static=True, default=0.0)
 
     @staticmethod
@@ -155,12 +141,14 @@ class Block(AbstractBlock):
                 out_std=out_std,
                 key=attn_key,
                 bias=config.attention_bias,
+                out_bias=config.attention_out_bias,
                 window=config.window_by_layer[layer] if config.window_by_layer else None,
                 softcap=config.attention_softcap,
                 dropout=config.attention_dropout,
             ),
             mlp_norm=RMSNorm.init(config.d_model, config.norm_eps),
-            mlp=GatedMLP.init(config.d_model, d_ff, std=config.init_std, out_std=out_std, key=mlp_key),
+            mlp=GatedMLP.init(config.d_model, d_ff, std=config.init_std, out_std=out_std, key=mlp_key, bias=config.mlp_bias),
+            rope=config.rope_by_layer is None or config.rope_by_layer[layer],
             dropout=config.dropout,
         )
 
@@ -173,7 +161,8 @@ class Block(AbstractBlock):
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "*batch seq d_model"], LayerCache | None, Aux]:
         attn_key, mlp_key, probabilities_key = (None, None, None) if key is None else jr.split(key, 3)
-        y, cache = self.attn(self.attn_norm(x), facts, cache, key=probabilities_key)
+        seen = facts if self.rope else Facts(facts.positions, facts.segments)
+        y, cache = self.attn(self.attn_norm(x), seen, cache, key=probabilities_key)
         x = (x + dropout(y, self.dropout, attn_key)).astype(x.dtype)  # the stream keeps its dtype whatever the weights'
         y = mark(self.mlp(self.mlp_norm(x)), "mlp.out")
         x = (x + dropout(y, self.dropout, mlp_key)).astype(x.dtype)
@@ -249,6 +238,14 @@ PRESETS = {
     "tinyllama-1.1b": LlamaConfig(
         vocab=32_000, d_model=2048, n_layers=22, n_heads=32, n_kv_heads=4, head_dim=64, d_ff=5632, context=2048,
     ),
+    "llama-2-7b": LlamaConfig(
+        vocab=32_000, d_model=4096, n_layers=32, n_heads=32, n_kv_heads=32, head_dim=128, d_ff=11_008, context=4096,
+    ),
+    "llama-3.2-1b": LlamaConfig(
+        vocab=128_256, d_model=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64, d_ff=8192, context=131_072,
+        rope_base=500_000.0, tied=True,
+        rope_scaling=rope.Llama3(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192),
+    ),
 }  # fmt: skip
 
 # ------------------------------------------------------------------------------------------- HF names
@@ -269,6 +266,14 @@ HF_NAMES = {
     "mlp.gate_proj.weight": "model.layers.{i}.mlp.gate_proj.weight",
     "mlp.up_proj.weight": "model.layers.{i}.mlp.up_proj.weight",
     "mlp.down_proj.weight": "model.layers.{i}.mlp.down_proj.weight",
+    "mlp.gate_proj.bias": "model.layers.{i}.mlp.gate_proj.bias",
+    "mlp.up_proj.bias": "model.layers.{i}.mlp.up_proj.bias",
+    "mlp.down_proj.bias": "model.layers.{i}.mlp.down_proj.bias",
     "norm.scale": "model.norm.weight",
     "unembed.weight": "lm_head.weight",
 }
+
+
+def current_key(key: str) -> str | None:
+    """Today's name of a key: files of 2023 hold each layer's inverse wavelengths beside its weights."""
+    return None if key.endswith(".rotary_emb.inv_freq") else key

@@ -17,7 +17,7 @@ from lm import rope
 from lm.attention import Attention
 from lm.base import AbstractBlock, AbstractLM, Aux, add_aux, aligned, facts_or_default, mark
 from lm.cache import LayerCache
-from lm.hf_config import ConfigReader, check_heads, read_rope, refuse_native, write_rope
+from lm.hf_config import ConfigReader, check_heads, read_decoder, read_windows, refuse_native, write_decoder, write_windows
 from lm.layers import Embedding, GatedMLP, Linear, RMSNorm, dropout
 from lm.masks import Facts
 from lm.quant import Quantised
@@ -47,38 +47,30 @@ class Qwen3Config(BaseModel, frozen=True, extra="forbid"):
     attention_dropout: float = Field(0.0, ge=0, lt=1)  # of attention probabilities, in training; attention_dropout
     attention_softcap: float | None = Field(None, gt=0)  # bounds the scores; native only
     logit_softcap: float | None = Field(None, gt=0)  # bounds the logits; native only
+    window_by_layer: tuple[int | None, ...] | None = None  # positions a query of a layer sees; sliding_window, layer_types
 
     @model_validator(mode="after")
     def _heads(self) -> "Qwen3Config":
-        check_heads(self.n_heads, self.n_kv_heads, int(self.head_dim * self.rope_fraction))
+        rotary_dim = int(self.head_dim * self.rope_fraction)
+        check_heads(self.n_heads, self.n_kv_heads, rotary_dim)
+        rope.check_pairs(self.rope_scaling, rotary_dim // 2)
+        windows = self.window_by_layer
+        if windows is not None and (len(windows) != self.n_layers or any(n is not None and n < 1 for n in windows)):
+            raise ValueError(f"window_by_layer must be {self.n_layers} numbers above 0, one for each of n_layers; got {windows}")
         return self
 
     @staticmethod
     def from_hf(config: dict[str, Any]) -> "Qwen3Config":
         """Read a `config.json`. Each key is used, known to be harmless, or refused by name."""
         read = ConfigReader(config, "qwen3")
-        n_heads, d_model = read.take("num_attention_heads"), read.take("hidden_size")
-        context = read.take("max_position_embeddings", 32_768)
+        numbers = read_decoder(read, context=32_768, head_dim=128)
+        first = read.take("max_window_layers", 28)
         result = Qwen3Config(
-            vocab=read.take("vocab_size"),
-            d_model=d_model,
-            n_layers=read.take("num_hidden_layers"),
-            n_heads=n_heads,
-            n_kv_heads=read.take("num_key_value_heads", n_heads),
-            head_dim=read.take("head_dim", 128),
-            d_ff=read.take("intermediate_size"),
-            context=context,
-            norm_eps=read.take("rms_norm_eps", 1e-6),
-            tied=read.take("tie_word_embeddings", False),
+            **numbers,
             attention_bias=read.take("attention_bias", False),
-            init_std=read.take("initializer_range", 0.02),
-            attention_dropout=read.take("attention_dropout", 0.0),
-            **read_rope(read, context),
+            window_by_layer=read_windows(read, numbers["n_layers"], lambda layer: layer >= first, window=4096),
         )
-        read.expect("hidden_act", "silu", default="silu")
-        read.expect("use_sliding_window", False, default=False)
-        read.expect("layer_types", ["full_attention"] * result.n_layers, default=None)
-        read.finish(harmless={"sliding_window", "max_window_layers"})  # mean something only with use_sliding_window
+        read.finish(harmless=set())
         return result
 
     def to_hf(self) -> dict[str, Any]:
@@ -90,26 +82,9 @@ class Qwen3Config(BaseModel, frozen=True, extra="forbid"):
         return {
             "architectures": ["Qwen3ForCausalLM"],
             "model_type": "qwen3",
-            "vocab_size": self.vocab,
-            "hidden_size": self.d_model,
-            "num_hidden_layers": self.n_layers,
-            "num_attention_heads": self.n_heads,
-            "num_key_value_heads": self.n_kv_heads,
-            "head_dim": self.head_dim,
-            "intermediate_size": self.d_ff,
-            "max_position_embeddings": self.context,
-            **write_rope(
-                self.model_type,
-                **self.model_dump(include={"rope_base", "rope_fraction", "head_dim", "context"}),
-                rope_scaling=self.rope_scaling,
-            ),
-            "rms_norm_eps": self.norm_eps,
-            "tie_word_embeddings": self.tied,
+            **write_decoder(self),
             "attention_bias": self.attention_bias,
-            "use_sliding_window": False,
-            "hidden_act": "silu",
-            "initializer_range": self.init_std,
-            "attention_dropout": self.attention_dropout,
+            **write_windows("qwen3", self.window_by_layer, self.n_layers),
         }
 
 
@@ -126,7 +101,7 @@ class Block(AbstractBlock):
     dropout: float = eqx.field(static=True, default=0.0)
 
     @staticmethod
-    def init(config: Qwen3Config, *, key: Key[Array, ""]) -> "Block":
+    def init(config: Qwen3Config, layer: int, *, key: Key[Array, ""]) -> "Block":
         """Maps that write into the stream start smaller by √(2 · n_layers), so that its variance does not grow with depth (Radford et al.
         2019)."""
         attn_key, mlp_key = jr.split(key)
@@ -142,6 +117,7 @@ class Block(AbstractBlock):
                 out_std=out_std,
                 key=attn_key,
                 bias=config.attention_bias,
+                window=config.window_by_layer[layer] if config.window_by_layer else None,
                 softcap=config.attention_softcap,
                 dropout=config.attention_dropout,
                 qk_norm_eps=config.norm_eps,
@@ -188,7 +164,7 @@ class Qwen3(AbstractLM):
         return Qwen3(
             config=config,
             embed=Embedding.init(config.vocab, config.d_model, std=config.init_std, key=embed_key),
-            blocks=tuple(Block.init(config, key=k) for k in jr.split(blocks_key, config.n_layers)),
+            blocks=tuple(Block.init(config, i, key=k) for i, k in enumerate(jr.split(blocks_key, config.n_layers))),
             norm=RMSNorm.init(config.d_model, config.norm_eps),
             unembed=None if config.tied else Linear.init(config.d_model, config.vocab, std=config.init_std, key=unembed_key),
         )

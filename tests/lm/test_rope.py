@@ -14,12 +14,15 @@ HEAD_DIM, BASE = 16, 10_000.0
 PLAIN = BASE ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
 LLAMA3 = rope.Llama3(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=512)
 YARN = rope.Yarn(factor=4.0, original_context=512)
+SHORT, LONG = (1.0, 1.1, 1.3, 1.7), (1.2, 2.0, 3.5, 5.0)  # for heads of 8
+LONGROPE = rope.LongRope(short_factor=SHORT, long_factor=LONG, original_context=16, factor=4.0)
 KINDS = [
     rope.LinearScaling(factor=3.0),
     rope.NTK(factor=3.0),
     rope.DynamicNTK(factor=2.0, original_context=64, length=200),
     LLAMA3,
     YARN,
+    LONGROPE,
     rope.NoPositions(),
 ]
 
@@ -70,6 +73,39 @@ def test_yarn_goes_from_plain_to_interpolated_and_sharpens_scores():
     np.testing.assert_allclose(cos**2 + sin**2, factor**2, rtol=1e-5)
 
 
+def test_longrope_divides_each_pair_by_its_own_number_and_sharpens_scores():
+    plain = BASE ** (-np.arange(0, 8, 2) / 8)
+    for length, numbers in ((16, SHORT), (17, LONG)):
+        inverse, factor = rope.rotary(8, BASE, LONGROPE.model_copy(update={"length": length}))
+        np.testing.assert_allclose(inverse, plain / np.array(numbers), rtol=1e-5)
+        assert factor == pytest.approx(math.sqrt(1 + math.log(4) / math.log(16)))
+    assert rope.longrope_attention_factor(LONGROPE.model_copy(update={"attention_factor": 1.5})) == 1.5
+    assert rope.longrope_attention_factor(LONGROPE.model_copy(update={"factor": 1.0})) == 1.0
+
+
+def test_longrope_goes_by_the_last_position_of_each_row_or_by_a_fixed_length():
+    def table(positions, **changes):
+        return rope.tables_of(positions, 8, BASE, LONGROPE.model_copy(update=changes), 1.0)[0]
+
+    rows = jnp.stack([jnp.arange(5), jnp.arange(12, 17)])
+    within, beyond = table(rows[0], length=16), table(rows[1], length=17)
+    np.testing.assert_allclose(table(rows), jnp.stack([within, beyond]), rtol=1e-6)
+    assert not np.allclose(table(rows[0], length=17), within, atol=1e-2)
+
+
+def test_a_cache_in_which_longrope_would_change_is_refused():
+    """At the length the texts will have, cached and uncached agree; test_dense_families.py decodes so."""
+    model = tiny("qwen3", rope_scaling=LONGROPE)
+    assert model.empty_cache((), 16)[0].slots == 16
+    with pytest.raises(ValueError, match=r"a cache of 17 slots is longer than the original context of LongRoPE \(16\)"):
+        model.empty_cache((), 17)
+
+
+def test_longrope_wants_a_number_for_each_pair():
+    with pytest.raises(ValueError, match="short_factor has 4 numbers, expected 5: one for each pair"):
+        tiny_config("llama", head_dim=10, rope_scaling=LONGROPE)
+
+
 def test_partial_rotation_turns_the_first_part_of_a_head_only():
     model = tiny("llama", rope_fraction=0.5)
     facts = lm.Facts(jnp.arange(7), jnp.ones(7, jnp.int32))
@@ -109,7 +145,7 @@ def test_every_kind_changes_the_function_and_survives_json(kind):
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 @pytest.mark.parametrize(
-    "kind", [KINDS[0], rope.DynamicNTK(factor=2.0, original_context=64, length=64), LLAMA3, YARN], ids=lambda k: k.kind
+    "kind", [KINDS[0], rope.DynamicNTK(factor=2.0, original_context=64, length=64), LLAMA3, YARN, LONGROPE], ids=lambda k: k.kind
 )
 def test_kinds_known_to_transformers_go_out_and_come_back(name, kind):
     config = tiny_config(name, rope_scaling=kind)
@@ -132,6 +168,7 @@ def test_static_ntk_is_written_as_the_base_that_it_is():
         ({"rope_scaling": rope.NoPositions()}, "no key for rope_scaling"),
         ({"rope_scaling": rope.DynamicNTK(factor=2.0, original_context=16, length=64)}, "fixed at length 64"),
         ({"rope_fraction": 0.5}, "cannot rotate a part"),
+        ({"rope_scaling": LONGROPE.model_copy(update={"length": 64})}, "fixed for length 64"),
     ],
 )
 def test_what_transformers_would_not_compute_is_not_written(changes, words):
