@@ -5,7 +5,8 @@ give the same logits bit for bit, and then compared with an implementation that 
 
 - `transformers`, where it is installed: on the source's own files; for a GGUF file, on the folder written.
 - llama.cpp, for a GGUF file, where `cyllama` is installed: which token it finds likeliest wherever our choice is clear.
-- Neither: the golden models of the family, tiny ones whose logits `transformers` computed once. They speak for the code, not for these weights.
+- Neither: the golden models of the family, tiny ones whose logits `transformers` computed once. They speak for the code, not for these
+  weights.
 - Nor those: the report says `not compared: no independent reference`.
 
     python -m recipes.convert HuggingFaceTB/SmolLM2-135M-Instruct converted/
@@ -22,7 +23,8 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jax.numpy as jnp
+import equinox as eqx
+import jax
 import numpy as np
 import tyro
 from loguru import logger
@@ -34,10 +36,9 @@ from safetensors.numpy import save_file
 from data.tokenizer import Tokenizer
 from lm.base import AbstractLM
 from lm.hub import folder_of
-from lm.layers import cast
 from lm.models import load_pretrained, save_pretrained
 from recipes.command_line import RecipeConfig, fail
-from recipes.loading import load
+from recipes.loading import holds_weights, is_gguf, is_run, load
 from train.checkpoint import CheckpointError
 from train.logs import plain_messages, write_json
 from train.parity import (
@@ -55,7 +56,7 @@ GOLDEN = Path(__file__).parents[1] / "tests" / "lm" / "golden"  # there in a che
 REPORT = "parity.json"
 
 # Prose, code, digits, accents, another script: what tokenizers and models are asked for, in few tokens.
-TEXT = """The capital of France is Paris. In 1905 Einstein was 26 years old; he published four papers that year, each of which changed physics.
+TEXT = """The capital of France is Paris. In 1905 Einstein was 26 years old; he published four papers that year.
 
 def fibonacci(n: int) -> list[int]:
     numbers = [0, 1]
@@ -87,10 +88,10 @@ def main(config: Config) -> bool:
     plain_messages()
     if config.out.is_file() or (config.out.is_dir() and any(config.out.iterdir())):
         raise ValueError(f"{config.out} is not an empty folder: choose another, nothing is overwritten")
-    model, tokenizer, origin = load(config.source, revision=config.revision)
+    model, tokenizer, origin = bring_in(config)
     logger.info(f"{origin}: {model.config.model_type}, {model.n_params:,} parameters")
     if config.dtype != "keep":
-        model = cast(model, jnp.dtype(config.dtype))
+        model = in_dtype(model, config.dtype)
     tokens = tokens_of(config, model, tokenizer)
 
     save_pretrained(model, config.out, extra_config=special_ids(tokenizer))
@@ -98,14 +99,14 @@ def main(config: Config) -> bool:
         logger.warning(f"{config.source} has no tokenizer that we can read: {config.out} gets none")
     else:
         tokenizer.save(config.out, model_max_length=model.config.context)
-    ours = our_logits(cast(model, jnp.float32), tokens)
+    ours = our_logits(in_dtype(model, "float32"), tokens)
     again = load_pretrained(config.out)
-    equal = bool(np.array_equal(our_logits(cast(again, jnp.float32), tokens), ours))
+    equal = bool(np.array_equal(our_logits(in_dtype(again, "float32"), tokens), ours))
     logger.info(f"written {config.out}; read back, its logits are {'equal bit for bit' if equal else 'NOT EQUAL'}")
 
     compared, words = compared_with(config, model, tokens, ours)
     report = {
-        "source": config.source if Path(config.source).exists() is False else Path(config.source).name,
+        "source": Path(config.source).name if Path(config.source).exists() else config.source,  # no path of this machine
         "model_type": model.config.model_type,
         "parameters": model.n_params,
         "dtype": config.dtype,
@@ -119,6 +120,20 @@ def main(config: Config) -> bool:
     return equal and all(each.passed for each in compared)
 
 
+def bring_in(config: Config) -> tuple[AbstractLM, Tokenizer | None, str]:
+    """As `recipes.loading.load`, and a folder without a `tokenizer.json` is a model all the same."""
+    if not is_gguf(config.source) and not is_run(config.source):
+        folder = folder_of(config.source, config.revision)
+        if holds_weights(folder) and not (folder / "tokenizer.json").is_file():
+            return load_pretrained(folder), None, config.source
+    return load(config.source, revision=config.revision)
+
+
+def in_dtype(model: AbstractLM, dtype: str) -> AbstractLM:
+    """Every array of numbers, norms too."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf, model)
+
+
 def tokens_of(config: Config, model: AbstractLM, tokenizer: Tokenizer | None) -> np.ndarray:
     """The text's ids, or random ones where there is no tokenizer to ask."""
     most = min(config.places, model.config.context)
@@ -127,8 +142,8 @@ def tokens_of(config: Config, model: AbstractLM, tokenizer: Tokenizer | None) ->
     tokens = tokenizer.encode(config.text)[:most]
     if len(tokens) < 2 or tokens.max() >= model.config.vocab:
         raise ValueError(
-            f"the tokenizer of {config.source} gives {len(tokens)} ids up to {tokens.max(initial=-1)} for the text; expected at least 2, below "
-            f"the model's vocabulary of {model.config.vocab}: is it this model's?"
+            f"the tokenizer of {config.source} gives {len(tokens)} ids up to {tokens.max(initial=-1)} for the text; expected at least 2, "
+            f"below the model's vocabulary of {model.config.vocab}: is it this model's?"
         )
     return tokens
 
@@ -146,48 +161,43 @@ def special_ids(tokenizer: Tokenizer | None) -> dict[str, int]:
 def compared_with(config: Config, model: AbstractLM, tokens: np.ndarray, ours: np.ndarray) -> tuple[list[Comparison | Choices], str]:
     """Every independent implementation that is at hand, and the verdict in words."""
     compared: list[Comparison | Choices] = []
-    is_gguf = config.source.endswith(".gguf")
-    if is_gguf and is_installed("cyllama"):
+    if is_gguf(config.source) and is_installed("cyllama"):
         compared.append(compare_choices(*llama_cpp_choices(Path(config.source), tokens), ours))
     if is_installed("transformers", "torch"):
-        theirs = config.out if is_gguf or config.dtype != "keep" or is_run(config.source) else folder_of(config.source, config.revision)
+        rewritten = is_gguf(config.source) or is_run(config.source) or config.dtype != "keep"
+        theirs = config.out if rewritten else folder_of(config.source, config.revision)
         name, logits = transformers_logits(theirs, tokens)
         on = f"{name}, on {'the folder written' if theirs == config.out else 'the source'}"
         compared.append(compare(on, logits, ours))
     if compared:
         passed = all(each.passed for each in compared)
         return compared, f"{'passed' if passed else 'FAILED'}: compared with {' and '.join(each.reference for each in compared)}"
-    golden = golden_comparison(model.config.model_type)
-    if golden is None:
+    golden = golden_comparisons(model.config.model_type)
+    if not golden:
         return [], "not compared: no independent reference"
-    verdict = "pass" if golden.passed else "FAIL"
-    return [golden], f"these weights were not compared: no independent reference is installed. The golden models of the family {verdict}"
+    verdict = "pass" if all(each.passed for each in golden) else "FAIL"
+    return [*golden], f"these weights were not compared: no independent reference is installed. The golden models of the family {verdict}"
 
 
-def is_run(source: str) -> bool:
-    return (Path(source) / "checkpoints").is_dir()
-
-
-def golden_comparison(model_type: str) -> Comparison | None:
-    """Our code beside the committed logits of the family's tiny models; `None` where there are none."""
+def golden_comparisons(model_type: str) -> list[Comparison]:
+    """Our code beside the committed logits of the family's tiny models, case by case; empty where there are none."""
     file = GOLDEN / f"{model_type}.npz"
     if not file.is_file():
-        return None
+        return []
     spec = importlib.util.spec_from_file_location("golden_weights", GOLDEN.parents[1] / "golden_weights.py")
     assert spec is not None
     assert spec.loader is not None
     weights = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(weights)
-    theirs, ours = [], []
-    with np.load(file) as golden:
+    found = []
+    with np.load(file) as golden, tempfile.TemporaryDirectory() as name:
         for case in sorted({name.rsplit(".", 1)[0] for name in golden.files}):
-            with tempfile.TemporaryDirectory() as name:
-                (Path(name) / "config.json").write_text(str(golden[f"{case}.config"]), encoding="utf-8")
-                shapes = json.loads(str(golden[f"{case}.shapes"]))
-                save_file({key: weights.draw(key, tuple(shape)) for key, shape in shapes.items()}, Path(name) / "model.safetensors")
-                ours.append(our_logits(load_pretrained(name), golden[f"{case}.tokens"][0]))
-            theirs.append(golden[f"{case}.logits"][0])
-    return compare(f"golden models of {model_type}, {len(theirs)} cases", np.concatenate(theirs), np.concatenate(ours))
+            (Path(name) / "config.json").write_text(str(golden[f"{case}.config"]), encoding="utf-8")
+            shapes = json.loads(str(golden[f"{case}.shapes"]))
+            save_file({key: weights.draw(key, tuple(shape)) for key, shape in shapes.items()}, Path(name) / "model.safetensors")
+            ours = our_logits(load_pretrained(name), golden[f"{case}.tokens"][0])
+            found.append(compare(f"golden model {model_type} {case}", golden[f"{case}.logits"][0], ours))
+    return found
 
 
 # ------------------------------------------------------------------------------------------- report

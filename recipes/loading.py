@@ -1,4 +1,4 @@
-"""A model and its tokenizer, from any folder this project writes: a run, or a Hugging Face export."""
+"""A model and its tokenizer, from wherever they lie: a run of this project, a Hugging Face folder, a GGUF file, the Hub."""
 
 import json
 from pathlib import Path
@@ -8,26 +8,32 @@ import equinox as eqx
 from data.tokenizer import Tokenizer
 from lm.base import AbstractLM
 from lm.hf import abstract
+from lm.hf_files import INDEX_FILE, WEIGHTS_FILE
+from lm.hub import folder_of
 from lm.models import ARCHITECTURES, load_pretrained
 from train.checkpoint import Checkpoints, read_record
 
 
-def load(folder: Path) -> tuple[AbstractLM, Tokenizer, str]:
+def load(source: str | Path, *, revision: str | None = None) -> tuple[AbstractLM, Tokenizer, str]:
     """The model, its tokenizer, and words on where it came from.
 
     **Arguments:**
 
-    - `folder`: an export (`config.json`, `model.safetensors`), or a run: its export if it has ended, else its last checkpoint.
+    - `source`: a run (its export if it has ended, else its last checkpoint), a Hugging Face folder, a GGUF file, or `"owner/name"` on the
+      Hub.
+    - `revision`: of a repository on the Hub.
     """
-    if (folder / "model.safetensors").is_file() or (folder / "model.safetensors.index.json").is_file():
-        return load_pretrained(folder), Tokenizer.load(folder), f"{folder}"
+    if is_gguf(source):
+        return load_pretrained(source), Tokenizer.load(source), f"{source}"
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = folder_of(f"{source}", revision)  # says what is wrong with what is neither a folder nor on the Hub
+    if holds_weights(folder):
+        return load_pretrained(folder), Tokenizer.load(folder), f"{source}"
     if not (folder / "checkpoints").is_dir():
         if (folder / "export").is_dir():
             return load(folder / "export")
-        raise ValueError(
-            f"{folder} is no run and no model: expected a folder with model.safetensors, or one with checkpoints/"
-            + ("" if folder.exists() else " (it does not exist)")
-        )
+        raise ValueError(f"{folder} is no run and no model: expected a folder with model.safetensors, or one with checkpoints/")
     if exported_step(folder) == newest_step(folder):
         return load(folder / "export")
     record = read_record(folder / "checkpoints")
@@ -38,6 +44,19 @@ def load(folder: Path) -> tuple[AbstractLM, Tokenizer, str]:
         found = checkpoints.restore({item: eqx.filter(skeleton, lambda leaf: hasattr(leaf, "shape"))})
     origin = f"{folder}, checkpoint of step {found.step}" + (", average of the weights" if item == "average" else "")
     return found.items[item], Tokenizer.load(folder / "tokenizer"), origin
+
+
+def is_gguf(source: str | Path) -> bool:
+    return Path(source).suffix == ".gguf"
+
+
+def is_run(source: str | Path) -> bool:
+    return (Path(source) / "checkpoints").is_dir() or (Path(source) / "export").is_dir()
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder is a model as Hugging Face keeps it."""
+    return any((folder / name).is_file() for name in (WEIGHTS_FILE, INDEX_FILE))
 
 
 def exported_step(run: Path) -> int | None:

@@ -1,8 +1,8 @@
 """Is it the same model? Our logits beside those of an implementation that shares no code with ours.
 
 `transformers` computes them from a Hugging Face folder, llama.cpp says from a GGUF file which token it finds likeliest. Both are asked only
-where they are installed; `compare` puts their answer beside ours, and `Comparison.passed` is its verdict. Without either there is no verdict,
-and nobody may write one.
+where they are installed; `compare` puts their answer beside ours, and `Comparison.passed` is its verdict. Without either there is no
+verdict, and nobody may write one.
 """
 
 import importlib.util
