@@ -216,7 +216,7 @@ class Granite(AbstractLM):
 # Published shapes, from each repository's config.json.
 PRESETS = {
     "granite-3.1-2b": GraniteConfig(
-        vocab=49_152, d_model=2048, n_layers=40, n_heads=32, n_kv_heads=8, head_dim=64, d_ff=8192, context=131_072,
+        vocab=49_155, d_model=2048, n_layers=40, n_heads=32, n_kv_heads=8, head_dim=64, d_ff=8192, context=131_072,
         rope_base=5_000_000.0, tied=True,
         embed_multiplier=12.0, attention_multiplier=0.015625, residual_multiplier=0.22, logit_divisor=8.0,
     ),

@@ -1,26 +1,15 @@
 """Models of `transformers` give its logits here. The files come from `make_golden.py`; weights are drawn by name on both sides."""
 
 import json
-from functools import lru_cache
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
+from golden_cases import CASES, each_case, golden
 from golden_weights import draw
 from safetensors.numpy import load_file, save_file
 
 import lm
-
-GOLDEN = Path(__file__).parent / "golden"
-CASES = [(file.stem, name) for file in sorted(GOLDEN.glob("*.json")) for name in json.loads(file.read_text())]
-each_case = pytest.mark.parametrize(("family", "case"), CASES, ids=[f"{family}-{case}" for family, case in CASES])
-
-
-@lru_cache
-def golden(family: str) -> dict[str, np.ndarray]:
-    with np.load(GOLDEN / f"{family}.npz") as file:
-        return dict(file)
 
 
 def folder_of(family: str, case: str, folder: Path) -> Path:
