@@ -74,11 +74,11 @@ _ROPE_KINDS: dict[str, tuple[type[rope.Scaling], dict[str, str]]] = {
 }
 
 
-def read_rope(read: ConfigReader, context: int) -> dict[str, Any]:
+def read_rope(read: ConfigReader, context: int, base: float = 10_000.0) -> dict[str, Any]:
     """`rope_base` and `rope_scaling`, from the top level and `rope_scaling` (transformers 4) or from `rope_parameters` (transformers 5).
-    What transformers would not compute, or we would not, is refused by name."""
+    `base` is the family's own where the file names none. What transformers would not compute, or we would not, is refused by name."""
     parameters = read.take("rope_parameters", {}) | read.take("rope_scaling", {})
-    theta = float(read.take("rope_theta", parameters.get("rope_theta", 10_000.0)))
+    theta = float(read.take("rope_theta", parameters.get("rope_theta", base)))
     fraction = read.take("partial_rotary_factor", parameters.get("partial_rotary_factor", 1.0))
     if fraction != 1:
         raise ValueError(

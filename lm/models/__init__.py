@@ -8,7 +8,7 @@ from jaxtyping import Array, Key
 
 from lm.base import AbstractLM
 from lm.hf import Names, abstract, load_weights, read_json, save_folder
-from lm.models import gpt2, llama, qwen3
+from lm.models import gpt2, gpt_oss, llama, mixtral, olmoe, qwen3, qwen3_moe
 
 
 class Architecture(NamedTuple):
@@ -23,8 +23,12 @@ class Architecture(NamedTuple):
 
 ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": Architecture(gpt2.GPT2Config, gpt2.GPT2, gpt2.HF_NAMES, gpt2.PRESETS, gpt2.current_key),
+    "gpt_oss": Architecture(gpt_oss.GptOssConfig, gpt_oss.GptOss, gpt_oss.HF_NAMES, gpt_oss.PRESETS),
     "llama": Architecture(llama.LlamaConfig, llama.Llama, llama.HF_NAMES, llama.PRESETS),
+    "mixtral": Architecture(mixtral.MixtralConfig, mixtral.Mixtral, mixtral.HF_NAMES, mixtral.PRESETS),
+    "olmoe": Architecture(olmoe.OlmoeConfig, olmoe.Olmoe, olmoe.HF_NAMES, olmoe.PRESETS),
     "qwen3": Architecture(qwen3.Qwen3Config, qwen3.Qwen3, qwen3.HF_NAMES, qwen3.PRESETS),
+    "qwen3_moe": Architecture(qwen3_moe.Qwen3MoeConfig, qwen3_moe.Qwen3Moe, qwen3_moe.HF_NAMES, qwen3_moe.PRESETS),
 }
 
 
