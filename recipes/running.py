@@ -72,13 +72,15 @@ class RunConfig(RecipeConfig):
         return backend
 
 
-def choose_flight(config: RunConfig, facts: Mapping[str, Any], *, n_layers: int, head_dim: int, seq: int) -> tuple[lm.Ops, Flight]:
+def choose_flight(
+    config: RunConfig, facts: Mapping[str, Any], *, n_layers: int, head_dim: int, seq: int, sinks: bool = False
+) -> tuple[lm.Ops, Flight]:
     """Kernels, dtype and layer loop for a device (its `device_facts`), unless the user named them. What is chosen is printed and
     recorded."""
     dtype = config.dtype if config.dtype != "auto" else choose_dtype(facts)
     merged = facts["platform"] == "cpu" and config.remat != "none"  # XLA for CPUs may merge a loop's second pass with its first
     layers = config.layers if config.layers != "auto" else "scan" if n_layers > 12 or merged else "loop"
-    backend = choose_backend(facts, dtype=dtype, head_dim=head_dim, seq=seq, asked=config.backend)
+    backend = choose_backend(facts, dtype=dtype, head_dim=head_dim, seq=seq, sinks=sinks, asked=config.backend)
     return lm.BACKENDS[backend], Flight(layers=layers, remat=config.remat, dtype=dtype)
 
 

@@ -12,16 +12,29 @@ import numpy as np
 import lm
 from data.pipeline import Batch
 from lm.models.gpt2 import GPT2Config
+from lm.models.gpt_oss import GptOssConfig
 from lm.models.llama import LlamaConfig
+from lm.models.mixtral import MixtralConfig
+from lm.models.olmoe import OlmoeConfig
 from lm.models.qwen3 import Qwen3Config
+from lm.models.qwen3_moe import Qwen3MoeConfig
 
 SIZES = {"vocab": 97, "d_model": 24, "n_layers": 3, "n_heads": 6, "n_kv_heads": 2, "head_dim": 8, "d_ff": 40, "context": 64}
 
+KINDS = {kind.model_type: kind for kind in (GPT2Config, GptOssConfig, LlamaConfig, MixtralConfig, OlmoeConfig, Qwen3Config, Qwen3MoeConfig)}
+EXPERTS = {"n_experts": 5, "top_k": 2, "d_ff": 28, "router_z": 0.01}
+OWN_SIZES = {  # what a family has beside, or cannot have otherwise
+    "gpt_oss": EXPERTS | {"window": 4, "sliding": (True, False, True)},
+    "mixtral": EXPERTS,
+    "olmoe": EXPERTS | {"head_dim": 4},
+    "qwen3_moe": EXPERTS | {"d_ff_dense": 40, "dense_layers": (1,)},
+}
+
 
 def tiny_config(name: str, **changes):
-    kind = {"gpt2": GPT2Config, "llama": LlamaConfig, "qwen3": Qwen3Config}[name]
+    kind = KINDS[name]
     sizes = {size: value for size, value in SIZES.items() if size in kind.model_fields}  # heads of a gpt2 are d_model / n_heads wide: 4
-    return kind(**(sizes | {"tied": name != "llama", "init_std": 0.2} | changes))
+    return kind(**(sizes | {"tied": name != "llama", "init_std": 0.2} | OWN_SIZES.get(name, {}) | changes))
 
 
 @lru_cache

@@ -234,11 +234,12 @@ class AbstractSparse(AbstractLM, is_abstract=True):
 
     @property
     def n_active_params(self) -> int:
-        def of(node: Any) -> int:
-            share = self.config.n_experts // self.config.top_k if isinstance(node, ExpertLinear) else 1
-            return sum(x.size for x in jax.tree.leaves(eqx.filter(node, eqx.is_array))) // share
+        def idle(node: Any) -> int:
+            if not isinstance(node, ExpertLinear):
+                return 0
+            return sum(x.size for x in jax.tree.leaves(node)) * (self.config.n_experts - self.config.top_k) // self.config.n_experts
 
-        return sum(of(node) for node in jax.tree.leaves(self, is_leaf=lambda node: isinstance(node, ExpertLinear)))
+        return self.n_params - sum(map(idle, jax.tree.leaves(self, is_leaf=lambda node: isinstance(node, ExpertLinear))))
 
     def hidden(
         self,
