@@ -29,9 +29,11 @@ class Attention(eqx.Module):
     k_norm: RMSNorm | None  # None: no norm
     n_kv_heads: int = eqx.field(static=True)  # for the cache: wrappers such as LoRA hide the weights' shapes
     head_dim: int = eqx.field(static=True)  # the arrays cannot tell where one head ends
+    sinks: Float[Array, " heads"] | None = None  # a score more for each head, of a place with nothing in it (gpt-oss); None: no such place
     window: int | None = eqx.field(static=True, default=None)  # positions a query sees, itself included; None: all
     scale: float | None = eqx.field(static=True, default=None)  # of scores; None: 1 / √head_dim
     softcap: float | None = eqx.field(static=True, default=None)  # scores never pass ±softcap; None: they may
+    clip: float | None = eqx.field(static=True, default=None)  # entries of q, k, v never pass ±clip (DBRX, OLMoE); None: they may
     dropout: float = eqx.field(static=True, default=0.0)  # of attention probabilities, where a key is given
     ops: Ops = eqx.field(static=True, default=REFERENCE)
 
@@ -53,10 +55,13 @@ class Attention(eqx.Module):
         scale: float | None = None,
         window: int | None = None,
         softcap: float | None = None,
+        clip: float | None = None,
+        sinks: bool = False,
         dropout: float = 0.0,
     ) -> "Attention":
         """`out_std` is the standard deviation of `o_proj`, `out_bias` its bias (`None`: as the three others). `qk_norm_eps` puts RMSNorms
-        on queries and keys: on each head, or on all of them together."""
+        on queries and keys: on each head, or on all of them together.
+        `sinks` begin at 0, as one more key that no query is drawn to."""
         q_key, k_key, v_key, o_key = jr.split(key, 4)
         q_width, k_width = (head_dim, head_dim) if qk_norm_over == "head" else (n_heads * head_dim, n_kv_heads * head_dim)
         return Attention(
@@ -71,6 +76,8 @@ class Attention(eqx.Module):
             window=window,
             scale=scale,
             softcap=softcap,
+            clip=clip,
+            sinks=jnp.zeros(n_heads) if sinks else None,
             dropout=dropout,
         )
 
@@ -78,6 +85,8 @@ class Attention(eqx.Module):
         check_window(self.window)
         if self.softcap is not None and self.softcap <= 0:
             raise ValueError(f"softcap must be above 0, or None for scores as they are; got {self.softcap}")
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"clip must be above 0, or None for queries, keys and values as they are; got {self.clip}")
 
     def __call__(
         self,
@@ -101,16 +110,17 @@ class Attention(eqx.Module):
                 k, v, key_facts = cache.keys.astype(q.dtype), cache.values.astype(q.dtype), cache.facts
 
         scale = self.head_dim**-0.5 if self.scale is None else self.scale
-        mixed = self.ops.attention(q, k, v, facts, key_facts, scale, self.window, self.softcap, self.dropout, key=key)
+        mixed = self.ops.attention(q, k, v, facts, key_facts, scale, self.window, self.softcap, self.dropout, key=key, sinks=self.sinks)
         mixed = rearrange(mark(mixed, "attn.mixed"), "... heads seq head_dim -> ... seq (heads head_dim)")
         return mark(self.o_proj(mixed), "attn.out"), cache
 
     def _heads(self, x: Float[Array, "*batch seq width"], norm: RMSNorm | None) -> Float[Array, "*batch heads seq head_dim"]:
-        """Cut into heads, and normed: each head, or, where the norm is as wide as all of them, before the cut."""
+        """Cut into heads, and normed: each head, or, where the norm is as wide as all of them, before the cut. Then clipped."""
         if norm is not None and norm.scale.shape[0] != self.head_dim:
             x, norm = norm(x), None
         x = rearrange(x, "... seq (heads head_dim) -> ... heads seq head_dim", head_dim=self.head_dim)
-        return x if norm is None else norm(x)
+        x = x if norm is None else norm(x)
+        return x if self.clip is None else jnp.clip(x, -self.clip, self.clip)
 
     def _rotated(self, x: Array, cos: Array, sin: Array) -> Array:
         """Turned by its position; where the tables are narrower than a head, only its first part (partial rotary)."""

@@ -13,7 +13,7 @@ run as one scan (`lm/flight.py`), it never learns.
 """
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -103,8 +103,18 @@ class AbstractLM(eqx.Module, is_abstract=True):
         return tuple(block.empty_cache(batch, slots, dtype) for block in self.blocks)
 
     @property
+    def aux_weights(self) -> Mapping[str, float]:
+        """The weight in the training loss of the mean of each thing the blocks report (`Aux`); what has none is only reported."""
+        return {}
+
+    @property
     def n_params(self) -> int:
         return sum(x.size for x in jax.tree.leaves(eqx.filter(self, eqx.is_array)))
+
+    @property
+    def n_active_params(self) -> int:
+        """Those that one token meets: all, but for experts it is not sent to."""
+        return self.n_params
 
 
 def facts_or_default(tokens: Int[Array, "*batch seq"], facts: Facts | None, cache: tuple[Any, ...] | None) -> Facts:

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from lm.base import AbstractBlock, AbstractLM, Aux, add_aux
 from lm.kernels import Ops, with_ops
-from lm.layers import Linear
+from lm.layers import ExpertLinear, Linear
 from lm.masks import Facts
 from lm.quant import Quantised
 
@@ -116,15 +116,21 @@ class Stack(AbstractBlock):
 
 
 def cast_linears(blocks: tuple[Any, ...], dtype: Any) -> tuple[Any, ...]:
-    """Every `Linear` in `dtype`; norms stay as they are, and int8 weights too. The embedding is no part of the blocks: a bf16 lookup would
-    have a bf16 scatter-add for its gradient, where frequent tokens lose their sum."""
+    """Every `Linear` and the experts' matrices in `dtype`; norms, routers and biases of experts stay as they are, and int8 weights too. The
+    embedding is no part of the blocks: a bf16 lookup would have a bf16 scatter-add for its gradient, where frequent tokens lose their
+    sum."""
+
+    def is_linear(node: Any) -> bool:
+        return isinstance(node, Linear | ExpertLinear)
 
     def cast(node: Any) -> Any:
+        if isinstance(node, ExpertLinear):
+            return eqx.tree_at(lambda layer: layer.weight, node, node.weight.astype(dtype))
         if not isinstance(node, Linear) or isinstance(node.weight, Quantised):
             return node
         return jax.tree.map(lambda leaf: leaf.astype(dtype), node)
 
-    return jax.tree.map(cast, blocks, is_leaf=lambda node: isinstance(node, Linear))
+    return jax.tree.map(cast, blocks, is_leaf=is_linear)
 
 
 def _stacked(blocks: tuple[AbstractBlock, ...]) -> Iterator[AbstractBlock]:

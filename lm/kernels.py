@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
-from lm import kernels_cpu
+from lm import kernels_cpu, kernels_experts
 from lm.masks import Facts, may_attend
 from lm.quant import Quantised
 
@@ -84,11 +84,13 @@ def attention(
     dropout: float = 0.0,
     *,
     key: Key[Array, ""] | None = None,
+    sinks: Float[Array, " heads"] | None = None,
 ) -> Float[Array, "*batch heads queries head_dim"]:
     """softmax(scale · q kᵀ, where `may_attend`) v (Vaswani et al. 2017, arXiv:1706.03762, eq. 1); scores and softmax in fp32.
 
     `softcap` bends scores s to softcap · tanh(s / softcap) before the mask (Gemma 2, arXiv:2408.00118, section 2). `dropout` zeroes
-    probabilities, after the softmax, and scales up the rest; only where there is a `key`.
+    probabilities, after the softmax, and scales up the rest; only where there is a `key`. `sinks` gives each head one score more, of a
+    place whose value is 0: it takes probability and gives nothing (OpenAI 2025, gpt-oss model card, arXiv:2508.10925, section 2.3).
 
     With fewer `kv_heads` than `heads`, each key head serves heads / kv_heads neighbouring query heads (GQA, Ainslie et al. 2023,
     arXiv:2305.13245). The whole score matrix stands in memory: this is the reference the faster ones are tested against.
@@ -100,7 +102,13 @@ def attention(
     if softcap is not None:
         scores = soft_cap(scores, softcap)
     allowed = may_attend(query_facts, key_facts, window)[..., None, None, :, :]
-    weights = jax.nn.softmax(jnp.where(allowed, scores, jnp.finfo(jnp.float32).min), axis=-1)
+    scores = jnp.where(allowed, scores, jnp.finfo(jnp.float32).min)
+    if sinks is None:
+        weights = jax.nn.softmax(scores, axis=-1)
+    else:
+        sink = sinks.astype(jnp.float32).reshape(kv_heads, heads // kv_heads, 1, 1)
+        column = jnp.broadcast_to(sink, (*scores.shape[:-1], 1))
+        weights = jax.nn.softmax(jnp.concatenate([scores, column], axis=-1), axis=-1)[..., :-1]
     if dropout > 0.0 and key is not None:
         weights = jnp.where(jr.bernoulli(key, 1.0 - dropout, weights.shape), weights / (1.0 - dropout), 0.0)
     weights = weights.astype(v.dtype)
@@ -127,7 +135,10 @@ def _jax_nn_attention(implementation: Literal["xla", "cudnn"]) -> Callable[..., 
         dropout: float = 0.0,
         *,
         key: Array | None = None,
+        sinks: Array | None = None,
     ) -> Array:
+        if sinks is not None:
+            raise ValueError(f"backend {implementation!r} has no attention sinks: use 'reference' or 'cpu'")
         if softcap is not None:
             raise ValueError(f"backend {implementation!r} cannot soft-cap scores (softcap = {softcap}): use 'reference' or 'cpu'")
         _refuse_dropout(implementation, dropout, key)
@@ -171,6 +182,7 @@ def _cpu_attention(
     dropout: float = 0.0,
     *,
     key: Array | None = None,
+    sinks: Array | None = None,
 ) -> Array:
     """The blocked kernel where a row looks at itself, as in training. Where queries look into a cache, told by there being more keys than
     queries, a loop over the slots that were written, if there are many; for a few the reference is faster. (A prompt that fills its cache
@@ -178,9 +190,9 @@ def _cpu_attention(
     _refuse_dropout("cpu", dropout, key)
     if q.shape[-2] != k.shape[-2]:
         if k.shape[-2] <= 2 * kernels_cpu.SLOTS:
-            return attention(q, k, v, query_facts, key_facts, scale, window, softcap)
-        return kernels_cpu.cached_attention(q, k, v, query_facts, key_facts, scale, window, softcap)
-    return kernels_cpu.attention(q, k, v, query_facts.segments, scale, window, softcap)
+            return attention(q, k, v, query_facts, key_facts, scale, window, softcap, sinks=sinks)
+        return kernels_cpu.cached_attention(q, k, v, query_facts, key_facts, scale, window, softcap, sinks)
+    return kernels_cpu.attention(q, k, v, query_facts.segments, scale, window, softcap, sinks)
 
 
 # ------------------------------------------------------------------------------------------- the table
@@ -195,6 +207,7 @@ class Ops:
     input_gradient: Callable[..., Array] = input_gradient  # of `linear`, for losses that write their own backward pass
     weight_gradient: Callable[..., Array] = weight_gradient
     attention: Callable[..., Array] = attention
+    expert_linear: Callable[..., Array] = kernels_experts.expert_linear
     rms_norm: Callable[..., Array] = rms_norm
     rotate: Callable[..., Array] = rotate
 
@@ -218,6 +231,7 @@ BACKENDS: dict[str, Ops] = {
         linear=_cpu_linear,
         weight_gradient=kernels_cpu.weight_gradient,
         attention=_cpu_attention,
+        expert_linear=kernels_experts.expert_linear_by_hand,
         rms_norm=kernels_cpu.rms_norm,
         rotate=kernels_cpu.rotate,
     ),

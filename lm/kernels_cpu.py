@@ -21,7 +21,7 @@ FEW = 3  # rows below which a product is limited by reading the weights
 FEW_INT8 = 9  # the same for int8: the fast product would need them converted first
 
 
-def _rows(x: Array) -> Array:
+def by_rows(x: Array) -> Array:
     """The same values, really laid out row by row. Without it XLA turns a transpose into a change of layout, and the product behind it
     misses the fast kernels (fp32 at a quarter of the speed, or at run time "Unsupported element type for DotThunk")."""
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
@@ -57,8 +57,8 @@ def linear_int8(
 def weight_gradient(dy: Float[Array, "n d_out"], x: Float[Array, "n d_in"]) -> Float[Array, "d_out d_in"]:
     """dyᵀ x with the narrower side transposed in memory first."""
     if dy.shape[1] <= x.shape[1]:
-        return _dot(_rows(dy.T), x, 1, 0)
-    return _rows(_rows(_dot(_rows(x.T), dy, 1, 0)).T)
+        return _dot(by_rows(dy.T), x, 1, 0)
+    return by_rows(by_rows(_dot(by_rows(x.T), dy, 1, 0)).T)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -136,7 +136,7 @@ def rotate(
 @jax.custom_vjp
 def _swap_halves(x: Array) -> Array:
     first, second = jnp.split(x, 2, axis=-1)
-    return _rows(jnp.concatenate([second, first], axis=-1))  # written out: fused into what follows, XLA's loop is not vectorised
+    return by_rows(jnp.concatenate([second, first], axis=-1))  # written out: fused into what follows, XLA's loop is not vectorised
 
 
 _swap_halves.defvjp(lambda x: (_swap_halves(x), None), lambda _, dy: (_swap_halves(dy),))
@@ -153,6 +153,7 @@ def attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
 ) -> Float[Array, "*batch heads seq head_dim"]:
     """softmax(scale · q kᵀ, soft-capped where asked) v of a row with itself, block by block, never holding a `seq × seq` matrix.
 
@@ -167,18 +168,21 @@ def attention(
     *batch, heads, seq, head_dim = q.shape
     kv_heads = k.shape[-3]
     flat_segments = jnp.broadcast_to(segments, (*batch, seq)).reshape(-1, seq)
+    if sinks is not None:  # one for each row, so that the gradient's sum over rows is JAX's
+        sinks = jnp.broadcast_to(sinks.astype(jnp.float32), (len(flat_segments), heads)).reshape(-1, heads // kv_heads)
     mixed = _blocked(
         q.reshape(-1, heads // kv_heads, seq, head_dim),
         k.reshape(-1, seq, head_dim),
         v.reshape(-1, seq, head_dim),
         flat_segments,
+        sinks,
         scale,
         window,
         softcap,
     )
     # The caller next lays the heads of a token side by side. Written out here and turned back in name only, that is one good copy; left to
     # be fused with the reshape behind it, it is a slow loop, in both passes.
-    by_token = _rows(jnp.swapaxes(mixed.reshape(q.shape), -3, -2))
+    by_token = by_rows(jnp.swapaxes(mixed.reshape(q.shape), -3, -2))
     return jnp.swapaxes(by_token, -3, -2)
 
 
@@ -191,6 +195,7 @@ def cached_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
 ) -> Float[Array, "*batch heads queries head_dim"]:
     """softmax(scale · q kᵀ, soft-capped where asked) v of queries with a cache, up to the last slot that was written: the time of a step
     goes with the tokens there are, not with the places for them.
@@ -221,17 +226,22 @@ def cached_attention(
         seen = jnp.einsum("...qk,...kd->...qd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
         return new, total * earlier + jnp.sum(weights, axis=-1, keepdims=True), mixed * earlier + seen
 
-    nothing = (jnp.full((*stacked, 1), jnp.finfo(jnp.float32).min), jnp.zeros((*stacked, 1)), jnp.zeros((*stacked, head_dim)))
+    highest, total = jnp.full((*stacked, 1), jnp.finfo(jnp.float32).min), jnp.zeros((*stacked, 1))
+    if sinks is not None:  # a score looked at before all others, whose value is 0
+        sink = jnp.repeat(sinks.astype(jnp.float32), queries).reshape(kv_heads, -1, 1)
+        highest, total = jnp.broadcast_to(sink, highest.shape), jnp.ones_like(total)
+    nothing = (highest, total, jnp.zeros((*stacked, head_dim)))
     _, total, mixed = jax.lax.fori_loop(0, (written + size - 1) // size, look, nothing)
     return (mixed / total).astype(q.dtype).reshape(*batch, heads, queries, head_dim)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _blocked(
     q: Float[Array, "n group seq head_dim"],
     k: Float[Array, "n seq head_dim"],
     v: Float[Array, "n seq head_dim"],
     segments: Int[Array, "rows seq"],
+    sinks: Float[Array, "n group"] | None,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -242,14 +252,14 @@ def _blocked(
     of its softmax's denominator (FlashAttention: Dao et al. 2022, arXiv:2205.14135, appendix B). Unlike there, a block of queries takes all
     its keys at once, so no running maximum is needed.
     """
-    return _blocked_forward(q, k, v, segments, scale, window, softcap)[0]
+    return _blocked_forward(q, k, v, segments, sinks, scale, window, softcap)[0]
 
 
-Saved = tuple[Array, Array, Array, Array, Array, Array]  # q, k, v, segments, output, log Σ exp(score) of each query
+Saved = tuple[Array, Array, Array, Array, Array | None, Array, Array]  # q, k, v, segments, sinks, output, log Σ exp(score) of each query
 
 
 def _blocked_forward(
-    q: Array, k: Array, v: Array, segments: Array, scale: float, window: int | None, softcap: float | None
+    q: Array, k: Array, v: Array, segments: Array, sinks: Array | None, scale: float, window: int | None, softcap: float | None
 ) -> tuple[Array, Saved]:
     group, seq = q.shape[1:3]
     outs, log_sums = [], []
@@ -258,29 +268,32 @@ def _blocked_forward(
         # With a window, keys before the first query's reach are left out, in whole blocks: the products keep regular sizes.
         first = 0 if window is None else max(0, lo - window + 1) // BLOCK * BLOCK
         queries, keys = slice(lo, hi), slice(first, hi)
-        scores = _capped(_batched(_stacked(q[:, :, queries]), k[:, keys], 2, 2) * scale, softcap)
+        scores = _capped(batched(_stacked(q[:, :, queries]), k[:, keys], 2, 2) * scale, softcap)
         allowed = _allowed(segments, queries, keys, window)[:, None, None]  # rows kv_heads group queries keys
         scores = jnp.where(allowed, scores.reshape(len(segments), -1, group, *allowed.shape[-2:]), jnp.finfo(jnp.float32).min)
         scores = scores.reshape(-1, group * (hi - lo), hi - first)
         highest = jnp.max(scores, axis=-1, keepdims=True)
+        sink = None if sinks is None else jnp.repeat(sinks, hi - lo, axis=1)[..., None]
+        highest = highest if sink is None else jnp.maximum(highest, sink)
         weights = jnp.exp(scores - highest)
-        total = jnp.sum(weights, axis=-1, keepdims=True)  # at least 1: every token sees itself
-        mixed = _batched(weights.astype(v.dtype), v[:, keys], 2, 1) / total
+        total = jnp.sum(weights, axis=-1, keepdims=True)  # at least 1, with the sink: every token sees itself
+        total = total if sink is None else total + jnp.exp(sink - highest)
+        mixed = batched(weights.astype(v.dtype), v[:, keys], 2, 1) / total
         outs.append(mixed.astype(q.dtype).reshape(-1, group, hi - lo, q.shape[-1]))
         log_sums.append((highest + jnp.log(total)).reshape(-1, group, hi - lo))
     out = jnp.concatenate(outs, axis=2)
-    return out, (q, k, v, segments, out, jnp.concatenate(log_sums, axis=2))
+    return out, (q, k, v, segments, sinks, out, jnp.concatenate(log_sums, axis=2))
 
 
 def _blocked_backward(
     scale: float, window: int | None, softcap: float | None, saved: Saved, d_out: Array
-) -> tuple[Array, Array, Array, None]:
+) -> tuple[Array, Array, Array, None, Array | None]:
     """A block of keys at a time, with all the queries that see it: its dk and dv are then complete, and only dq is a sum over blocks.
 
     Scores are made transposed, Sᵀ = k qᵀ, keys down and queries across: then dv = Pᵀ dO and dk = dSᵀ q are plain row-major products, and
     dqᵀ = kᵀ dSᵀ asks only for the small k to be turned.
     """
-    q, k, v, segments, out, log_sums = saved
+    q, k, v, segments, sinks, out, log_sums = saved
     group, seq = q.shape[1:3]
     # Σ P dP over a query's keys, which the softmax's denominator takes away from dP; as in the paper, from dO · O.
     shift = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
@@ -296,20 +309,23 @@ def _blocked_backward(
         allowed = jnp.swapaxes(_allowed(segments, queries, keys, window), 1, 2)[:, None, :, None]  # rows kv_heads keys group queries
         q_rows, d_out_rows = _stacked(q[:, :, queries]), _stacked(d_out[:, :, queries])
 
-        scores = _capped(_batched(k[:, keys], q_rows, 2, 2) * scale, softcap)
+        scores = _capped(batched(k[:, keys], q_rows, 2, 2) * scale, softcap)
         weights = jnp.exp(scores - log_sums[:, :, queries].reshape(of_query))
         weights = jnp.where(allowed, weights.reshape(len(segments), -1, hi - lo, group, last - lo), 0).reshape(scores.shape)
-        d_weights = _batched(v[:, keys], d_out_rows, 2, 2)
+        d_weights = batched(v[:, keys], d_out_rows, 2, 2)
         d_scores = weights * (d_weights - shift[:, :, queries].reshape(of_query)) * scale
         if softcap is not None:
             d_scores = d_scores * (1 - jnp.square(scores / softcap))  # the slope of c tanh(s / c), said by what came out
         d_scores = d_scores.astype(k.dtype)
 
-        dv.append(_batched(weights.astype(v.dtype), d_out_rows, 2, 1))
-        dk.append(_batched(d_scores, q_rows, 2, 1))
-        dq_columns = _rows(_batched(_rows(jnp.swapaxes(k[:, keys], 1, 2)), d_scores, 2, 1))  # head_dim down, queries across
+        dv.append(batched(weights.astype(v.dtype), d_out_rows, 2, 1))
+        dk.append(batched(d_scores, q_rows, 2, 1))
+        dq_columns = by_rows(batched(by_rows(jnp.swapaxes(k[:, keys], 1, 2)), d_scores, 2, 1))  # head_dim down, queries across
         dq = dq.at[:, :, queries].add(jnp.swapaxes(dq_columns, 1, 2).reshape(-1, group, last - lo, q.shape[-1]))
-    return dq.astype(q.dtype), jnp.concatenate(dk, axis=1).astype(k.dtype), jnp.concatenate(dv, axis=1).astype(v.dtype), None
+    # A sink's probability times the gradient of its score, 0 - shift: its value is 0, and so is what comes back through it.
+    d_sinks = None if sinks is None else -jnp.sum(jnp.exp(sinks[..., None] - log_sums) * shift, axis=-1)
+    dk, dv = (jnp.concatenate(blocks, axis=1) for blocks in (dk, dv))
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, d_sinks
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)
@@ -331,6 +347,6 @@ def _stacked(x: Float[Array, "n group seq head_dim"]) -> Float[Array, "n group*s
     return x.reshape(len(x), -1, x.shape[-1])
 
 
-def _batched(a: Array, b: Array, axis_of_a: int, axis_of_b: int) -> Array:
+def batched(a: Array, b: Array, axis_of_a: int, axis_of_b: int) -> Array:
     """The products of two stacks of matrices, each summed over one axis of both, in fp32."""
     return jax.lax.dot_general(a, b, (((axis_of_a,), (axis_of_b,)), ((0,), (0,))), preferred_element_type=jnp.float32)

@@ -71,6 +71,30 @@ class Linear(eqx.Module):
         return y if self.bias is None else y + self.bias.astype(y.dtype)
 
 
+class ExpertLinear(eqx.Module):
+    """x ↦ x Wᵀ + b with a W and a b for each expert, rows sorted by expert (`lm.moe`).
+
+    The bias stays fp32 where a step casts the weight: rows look theirs up, and the gradient of a bf16 lookup loses its sum.
+    """
+
+    weight: Float[Array, "experts d_out d_in"]
+    bias: Float[Array, "experts d_out"] | None = None
+    ops: Ops = eqx.field(static=True, default=REFERENCE)
+
+    @staticmethod
+    def init(d_in: int, d_out: int, experts: int, *, std: float, key: Key[Array, ""], bias: bool = False) -> "ExpertLinear":
+        """Weights normal with standard deviation `std`, bias zero."""
+        return ExpertLinear(std * jr.normal(key, (experts, d_out, d_in)), jnp.zeros((experts, d_out)) if bias else None)
+
+    def __call__(
+        self, x: Float[Array, "rows {self.weight.shape[2]}"], sizes: Int[Array, "{self.weight.shape[0]}"]
+    ) -> Float[Array, "rows {self.weight.shape[1]}"]:
+        y = self.ops.expert_linear(x.astype(self.weight.dtype), self.weight, sizes)
+        if self.bias is None:
+            return y
+        return (y + jnp.repeat(self.bias, sizes, axis=0, total_repeat_length=len(x))).astype(y.dtype)
+
+
 class Embedding(eqx.Module):
     """token ↦ its row. Ids at or past the vocabulary read the last row, as JAX gathers do: check them where they enter."""
 
@@ -187,11 +211,11 @@ def dropout(x: Float[Array, "*shape"], rate: float, key: Key[Array, ""] | None) 
 
 
 def with_matrices(model: Tree, change: Callable[[Array], Any]) -> Tree:
-    """The same model with the matrix of every `Linear` and every `Embedding` changed; norms, biases and all else are shared. What is int8
-    already stays so."""
+    """The same model with the matrix of every `Linear` and every `Embedding` changed, and the stacked ones of experts; norms, biases,
+    routers and all else are shared. What is int8 already stays so."""
 
     def has_matrix(node: Any) -> bool:
-        return isinstance(node, Linear | Embedding)
+        return isinstance(node, Linear | ExpertLinear | Embedding)
 
     def changed(node: Any) -> Any:
         if not has_matrix(node) or isinstance(node.weight, Quantised):
@@ -210,5 +234,15 @@ def quantised(model: Tree, dtype: Any = None) -> Tree:
     """The same model with its matrices as int8 (`lm.quant`); `dtype`, of products with them, is theirs where not given.
 
     Such a model generates and is evaluated. It is neither trained nor saved: keep the one it was made from.
+
+    **Raises:** `ValueError` for a model with experts: `lm.quant` has one matrix a leaf.
     """
-    return with_matrices(model, lambda weight: Quantised.of(weight, dtype))
+
+    def packed(weight: Array) -> Quantised:
+        if weight.ndim != 2:
+            raise ValueError(
+                f"int8 is for single matrices, and this model has {weight.shape[0]} experts in one leaf: cast it to bf16 instead"
+            )
+        return Quantised.of(weight, dtype)
+
+    return with_matrices(model, packed)

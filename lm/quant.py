@@ -6,7 +6,8 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Int8
+import numpy as np
+from jaxtyping import Array, Float, Int, Int8, UInt8
 
 INT8_MOST = 127  # symmetric: -128 is left out
 
@@ -41,3 +42,21 @@ class Quantised(eqx.Module):
     def unpacked(self) -> Float[Array, "d_out d_in"]:
         """The whole matrix."""
         return (self.values.astype(jnp.float32) * self.scales[:, None]).astype(self.dtype)
+
+
+# The sixteen E2M1 numbers by their bits: sign, two of exponent, one of mantissa (OCP Microscaling Formats Specification 1.0, 2023,
+# section 5.3.3).
+_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+
+
+def from_mxfp4(blocks: UInt8[np.ndarray, "*rows blocks 16"], scales: UInt8[np.ndarray, "*rows blocks"]) -> np.ndarray:
+    """MXFP4 as gpt-oss files have it → bf16, `*rows 32·blocks`, exactly: 32 E2M1 numbers share one scale, a power of two (OCP Microscaling
+    Formats Specification 1.0, 2023, section 6.3). A byte holds two numbers, the first in its lower half; a scale byte b means 2^(b - 127).
+
+    **Raises:** `ValueError` where a scale is 255, the specification's NaN.
+    """
+    if np.any(scales == 255):
+        raise ValueError(f"{np.sum(scales == 255)} of {scales.size} MXFP4 scales are NaN (255): the file is damaged")
+    numbers = np.stack([_E2M1[blocks & 15], _E2M1[blocks >> 4]], axis=-1).reshape(*scales.shape, 32)
+    wide = np.ldexp(numbers, scales[..., None].astype(np.int32) - 127)
+    return wide.astype(jnp.bfloat16).reshape(*scales.shape[:-1], -1)

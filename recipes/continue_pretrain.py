@@ -40,7 +40,7 @@ from data.pipeline import batch_at, evaluation_batches, train_batches
 from data.rows import Mixture, describe_rows, training_rows
 from data.sources import Source, open_source
 from data.tokenizer import Tokenizer
-from lm.base import AbstractLM
+from lm.base import AbstractLM, leaves_by_path, role
 from lm.hf import abstract
 from recipes.command_line import CONFIG_FILE, claimed, fail, how_to_resume, parse, resumable
 from recipes.corpus import describe_mixture, describe_packing, describe_source, encode, encode_training
@@ -130,7 +130,10 @@ def run(config: Config, folder: Path) -> None:
     if seq > shape.context:
         raise ValueError(f"--seq {seq} is more than the context of this model, {shape.context}")
     softcap = getattr(shape, "attention_softcap", None)
-    ops, flight = choose_flight(config, device_facts(device), n_layers=shape.n_layers, head_dim=shape.head_dim, seq=seq, softcap=softcap)
+    sinks = any(role(path) == "attn.sinks" for path in leaves_by_path(model))
+    ops, flight = choose_flight(
+        config, device_facts(device), n_layers=shape.n_layers, head_dim=shape.head_dim, seq=seq, softcap=softcap, sinks=sinks
+    )
     tokenizer.save(folder / "tokenizer", model_max_length=shape.context)
     logger.info(f"model: {origin}, {shape.model_type}, {model.n_params:,} parameters, context {shape.context}; rows of {seq} tokens")
     logger.info(f"on {device.device_kind}: kernels {ops.name}, {flight.dtype}, layers as a {flight.layers}, remat {flight.remat}")
@@ -190,7 +193,7 @@ def run(config: Config, folder: Path) -> None:
 
     # What the run is made of, for the record, and what this process runs it with.
     peak = peak_flops(device)
-    flops = model_flops_per_token(model.n_params, shape.n_layers, shape.d_model, seq)
+    flops = model_flops_per_token(model.n_active_params, shape.n_layers, shape.d_model, seq)
     manifest: dict[str, Any] = {
         "continued_from": {"source": config.source.name, "digest": began},
         "corpus": texts["new"].record,

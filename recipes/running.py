@@ -73,14 +73,21 @@ class RunConfig(RecipeConfig):
 
 
 def choose_flight(
-    config: RunConfig, facts: Mapping[str, Any], *, n_layers: int, head_dim: int, seq: int, softcap: float | None = None
+    config: RunConfig,
+    facts: Mapping[str, Any],
+    *,
+    n_layers: int,
+    head_dim: int,
+    seq: int,
+    softcap: float | None = None,
+    sinks: bool = False,
 ) -> tuple[lm.Ops, Flight]:
     """Kernels, dtype and layer loop for a device (its `device_facts`), unless the user named them. What is chosen is printed and
     recorded. `softcap` is that of attention scores."""
     dtype = config.dtype if config.dtype != "auto" else choose_dtype(facts)
     merged = facts["platform"] == "cpu" and config.remat != "none"  # XLA for CPUs may merge a loop's second pass with its first
     layers = config.layers if config.layers != "auto" else "scan" if n_layers > 12 or merged else "loop"
-    backend = choose_backend(facts, dtype=dtype, head_dim=head_dim, seq=seq, softcap=softcap, asked=config.backend)
+    backend = choose_backend(facts, dtype=dtype, head_dim=head_dim, seq=seq, softcap=softcap, sinks=sinks, asked=config.backend)
     return lm.BACKENDS[backend], Flight(layers=layers, remat=config.remat, dtype=dtype)
 
 

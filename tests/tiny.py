@@ -14,11 +14,19 @@ from data.pipeline import Batch
 
 SIZES = {"vocab": 97, "d_model": 24, "n_layers": 3, "n_heads": 6, "n_kv_heads": 2, "head_dim": 8, "d_ff": 40, "context": 64}
 
+EXPERTS = {"n_experts": 5, "top_k": 2, "d_ff": 28, "router_z": 0.01}
+OWN_SIZES = {  # what a family has beside, or cannot have otherwise
+    "gpt_oss": EXPERTS | {"window": 4, "sliding": (True, False, True)},
+    "mixtral": EXPERTS,
+    "olmoe": EXPERTS | {"head_dim": 4},
+    "qwen3_moe": EXPERTS | {"d_ff_dense": 40, "dense_layers": (1,)},
+}
+
 
 def tiny_config(name: str, **changes):
     kind = lm.ARCHITECTURES[name].config
     sizes = {size: value for size, value in SIZES.items() if size in kind.model_fields}  # heads of a gpt2 are d_model / n_heads wide: 4
-    return kind(**(sizes | {"tied": name != "llama", "init_std": 0.2} | changes))
+    return kind(**(sizes | {"tied": name != "llama", "init_std": 0.2} | OWN_SIZES.get(name, {}) | changes))
 
 
 @lru_cache

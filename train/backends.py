@@ -1,10 +1,10 @@
 """Which kernels a run uses, and in which dtype: one rule each, from facts about the device and the model to a name.
 
-    backend     where                      dtype         head_dim                 soft-cap   dropout of probabilities
-    cudnn       NVIDIA, compute ≥ 8        bf16, fp16    ≤ 128, a multiple of 8   no         no
-    cpu         CPU                        any           any                      yes        no
-    xla         everywhere                 any           any                      no         no
-    reference   everywhere                 any           any                      yes        yes
+    backend     where                      dtype         head_dim                 soft-cap   sinks   dropout of probabilities
+    cudnn       NVIDIA, compute ≥ 8        bf16, fp16    ≤ 128, a multiple of 8   no         no      no
+    cpu         CPU                        any           any                      yes        yes     no
+    xla         everywhere                 any           any                      no         no      no
+    reference   everywhere                 any           any                      yes        yes     yes
 
 The names are those of `lm.kernels.BACKENDS`. `auto` is the first of these that can, with three words more: `cudnn` must be asked for by
 name, since it has not run on a card here yet; on a CPU without bf16 products, where `cpu` was not measured, it is `reference`; and `xla` is
@@ -38,6 +38,7 @@ def choose_backend(
     head_dim: int,
     seq: int,
     softcap: float | None = None,
+    sinks: bool = False,
     dropout: float = 0.0,
     asked: str = "auto",
 ) -> str:
@@ -49,11 +50,12 @@ def choose_backend(
     - `dtype`: of the blocks.
     - `seq`: tokens of a row; cudnn takes even numbers only.
     - `softcap`, `dropout`: of attention scores and probabilities.
+    - `sinks`: each head has a score more, of a place with nothing in it (gpt-oss).
     - `asked`: a name, or `auto`.
 
     **Raises:** `ValueError` where the name asked for cannot do it, with the reason and the names that can.
     """
-    reasons = {name: _why_not(name, device, dtype, head_dim, seq, softcap, dropout) for name in ("cudnn", "cpu", "xla", "reference")}
+    reasons = {name: _why_not(name, device, dtype, head_dim, seq, softcap, sinks, dropout) for name in ("cudnn", "cpu", "xla", "reference")}
     able = [name for name, reason in reasons.items() if reason is None]
     if asked == "auto":
         if device["platform"] != "cpu":
@@ -67,7 +69,7 @@ def choose_backend(
 
 
 def _why_not(
-    name: str, device: Mapping[str, Any], dtype: str, head_dim: int, seq: int, softcap: float | None, dropout: float
+    name: str, device: Mapping[str, Any], dtype: str, head_dim: int, seq: int, softcap: float | None, sinks: bool, dropout: float
 ) -> str | None:
     """What keeps a backend from computing this, in words; `None` if nothing does."""
     if name == "reference":
@@ -76,6 +78,8 @@ def _why_not(
         return f"it cannot drop attention probabilities (attention_dropout = {dropout})"
     if softcap is not None and name != "cpu":
         return f"it cannot soft-cap scores (attention_softcap = {softcap})"
+    if sinks and name != "cpu":
+        return "it has no attention sinks"
     if name == "cpu" and device["platform"] != "cpu":
         return f"it is written for CPUs, this is {device['device_kind']}"
     if name != "cudnn":

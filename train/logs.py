@@ -286,7 +286,7 @@ def model_flops_per_token(n_params: int, n_layers: int, d_model: int, seq: int) 
     The count of Chowdhery et al. 2022 (PaLM, arXiv:2204.02311, appendix B), after Kaplan et al. 2020 (arXiv:2001.08361):
     two FLOPs a parameter forward and four backward; attention's scores and sums over T keys a token, causal or not, with
     heads * head_dim = d_model. What is computed again (rematerialisation) does not count. `n_params` counts a tied
-    embedding once and leaves out an untied input embedding, which multiplies nothing."""
+    embedding once and leaves out an untied input embedding, which multiplies nothing, and the experts a token is not sent to."""
     return 6.0 * n_params + 12.0 * n_layers * d_model * seq
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
@@ -76,8 +77,9 @@ def build_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtr
 
 
 def is_matrix(path: str, leaf: Any) -> bool:
-    """A linear map inside a block: what Muon orthogonalises and weight decay pulls on. Embeddings, norms and biases are not."""
-    return "blocks/" in path and role(path).endswith("weight") and leaf.ndim == 2
+    """A linear map inside a block, or those of all experts of a layer, stacked: what Muon orthogonalises and weight decay pulls on.
+    Embeddings, norms and biases are not."""
+    return "blocks/" in path and role(path).endswith("weight") and leaf.ndim in (2, 3)
 
 
 def matrices(tree: Any) -> Any:
@@ -202,7 +204,8 @@ def scale_by_muon(momentum: float = 0.95, steps: int = 5) -> optax.GradientTrans
     """Momentum, orthogonalised (Jordan et al. 2024, "Muon: An optimizer for hidden layers"), with the update's root mean square brought to
     0.2 as AdamW's is (Liu et al. 2025, arXiv:2502.16982, eq. 4), so both share one learning rate.
 
-    Matrices of one shape are stacked and orthogonalised together: a leaf at a time compiles and runs several times as long.
+    Matrices of one shape are stacked and orthogonalised together: a leaf at a time compiles and runs several times as long. A leaf of three
+    axes, the experts of a layer, is so many matrices.
     """
 
     def init(params: Any) -> MuonState:
@@ -212,17 +215,21 @@ def scale_by_muon(momentum: float = 0.95, steps: int = 5) -> optax.GradientTrans
         velocity = jax.tree.map(lambda m, g: momentum * m + g, state.momentum, gradients)
         nesterov = jax.tree.map(lambda m, g: g + momentum * m, velocity, gradients)
         leaves, treedef = jax.tree.flatten(nesterov)
+        shapes = [leaf.shape for leaf in leaves]
+        leaves = [leaf.reshape(-1, *leaf.shape[-2:]) for leaf in leaves]
         by_shape: dict[tuple[int, ...], list[int]] = {}
-        for i, leaf in enumerate(leaves):
-            by_shape.setdefault((min(leaf.shape), max(leaf.shape)), []).append(i)
+        for i, shape in enumerate(shapes):
+            by_shape.setdefault((min(shape[-2:]), max(shape[-2:])), []).append(i)
         for (_, longer), members in by_shape.items():
-            wide = [leaves[i] if leaves[i].shape[0] <= leaves[i].shape[1] else leaves[i].T for i in members]
+            wide = [leaves[i] if shapes[i][-2] <= shapes[i][-1] else jnp.swapaxes(leaves[i], 1, 2) for i in members]
             # Really laid out so: XLA else turns the transpose of a lone tall matrix into a change of layout, for which a CPU has no bf16
             # product ("Unsupported element type for DotThunk", at run time).
-            stacked = with_layout_constraint(jnp.stack(wide), Layout((0, 1, 2)))
+            stacked = with_layout_constraint(jnp.concatenate(wide), Layout((0, 1, 2)))
             directions = 0.2 * math.sqrt(longer) * orthogonalise(stacked, steps)
-            for i, direction in zip(members, directions, strict=True):
-                leaves[i] = direction if leaves[i].shape[0] <= leaves[i].shape[1] else direction.T
+            ends = np.cumsum([len(leaves[i]) for i in members])[:-1]
+            for i, direction in zip(members, jnp.split(directions, ends), strict=True):
+                upright = direction if shapes[i][-2] <= shapes[i][-1] else jnp.swapaxes(direction, 1, 2)
+                leaves[i] = upright.reshape(shapes[i])
         return jax.tree.unflatten(treedef, leaves), MuonState(velocity)
 
     return optax.GradientTransformation(init, update)

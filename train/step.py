@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 from pydantic import Field
 
 from data.pipeline import Batch
-from lm.base import AbstractLM, leaves_by_path, mark, role
+from lm.base import AbstractLM, Aux, leaves_by_path, mark, role
 from lm.flight import Flight, put_on_flight
 from lm.kernels import Ops
 from lm.masks import Facts
@@ -155,13 +155,17 @@ def make_step(
 
     Metrics: `loss` (nats a token), `grad_norm` (before clipping), `tokens` (supervised), `skipped` and `spikes` (so far), `sigmas` (how
     far this step is from the last ones, see `Stats.sigmas`), and `update_ratio`: for each role the length of the update over that of its
-    weights, NaN at steps where it is not measured.
+    weights, NaN at steps where it is not measured. Also the mean of what the model's blocks report, by its name, such as `router_balance`
+    and `router_z` (`lm.moe`).
+
+    What is minimised is the mean over supervised tokens of the cross entropy, plus `z_loss`, plus the model's `aux_weights` times those
+    means. A mean of a micro-batch is its own, and counts by the supervised tokens it has.
     """
 
-    def loss_of(trainable: Any, frozen: Any, batch: Batch, key: Array) -> tuple[Array, Loss]:
+    def loss_of(trainable: Any, frozen: Any, batch: Batch, key: Array) -> tuple[Array, tuple[Loss, Aux]]:
         flying = put_on_flight(eqx.combine(trainable, frozen), flight, ops)
         facts = Facts(jnp.asarray(batch.positions), jnp.asarray(batch.segments))
-        hidden, _, _ = flying.hidden(jnp.asarray(batch.tokens), facts, key=key)
+        hidden, _, aux = flying.hidden(jnp.asarray(batch.tokens), facts, key=key)
         loss = next_token(
             hidden,
             flying.unembedding,
@@ -173,29 +177,33 @@ def make_step(
             softcap=flying.logit_softcap,
             chunk=config.loss_chunk,
         )
-        return loss.total, loss
+        means = {name: total / jnp.maximum(count, 1.0) for name, (total, count) in aux.items()}
+        pull = sum((weight * means[name] for name, weight in flying.aux_weights.items()), jnp.zeros(()))
+        loss = loss._replace(total=loss.total + loss.count * pull)  # the step divides by the count of the whole batch
+        return loss.total, (loss, aux)
 
-    def gradient_of(state: TrainState, batch: Batch, key: Array) -> tuple[Any, Loss]:
+    def gradient_of(state: TrainState, batch: Batch, key: Array) -> tuple[Any, tuple[Loss, Aux]]:
         """Sum of the gradients of all tokens, over micro-batches."""
         gradient = jax.grad(loss_of, has_aux=True)
         if config.micro_batches == 1:
             return gradient(state.trainable, state.frozen, batch, jr.fold_in(key, 0))
 
-        def of_micro_batch(sums: Any, numbered: tuple[Array, Batch]) -> tuple[Any, None]:
+        def of_micro_batch(sums: Any, numbered: tuple[Array, Batch]) -> tuple[Any, tuple[Loss, Aux]]:
             i, micro = numbered
-            return jax.tree.map(jnp.add, sums, gradient(state.trainable, state.frozen, micro, jr.fold_in(key, i))), None
+            more, told = gradient(state.trainable, state.frozen, micro, jr.fold_in(key, i))
+            return jax.tree.map(jnp.add, sums, more), told
 
         k = config.micro_batches
         micro_batches = jax.tree.map(lambda x: x.reshape(k, x.shape[0] // k, *x.shape[1:]), batch)
-        zero = jnp.zeros((), jnp.float32)
-        start = (jax.tree.map(jnp.zeros_like, state.trainable), Loss(zero, zero, zero))
-        return jax.lax.scan(of_micro_batch, start, (jnp.arange(k), micro_batches))[0]
+        start = jax.tree.map(jnp.zeros_like, state.trainable)
+        sums, told = jax.lax.scan(of_micro_batch, start, (jnp.arange(k), micro_batches))
+        return sums, jax.tree.map(jnp.sum, told)
 
     def step(
         changing: TrainState, frozen: Any, batch: Batch, learning_rate: Float[Array, ""], average_rate: Float[Array, ""]
     ) -> tuple[TrainState, Metrics]:
         state = replace(changing, frozen=frozen)
-        sums, loss = gradient_of(state, batch, jr.fold_in(dropout_key, state.step))
+        sums, (loss, aux) = gradient_of(state, batch, jr.fold_in(dropout_key, state.step))
         sums = map_paths(lambda path, g: mark(g, f"gradient/{path}"), sums)  # `train.debug` finds them by these names
         count = jnp.maximum(loss.count, 1.0)
         norm = optax.tree.norm(sums) / count
@@ -221,6 +229,7 @@ def make_step(
         stats = state.stats.after(mean_loss, norm, finite, spike)
         metrics = {"loss": mean_loss, "grad_norm": norm, "tokens": loss.count, "skipped": stats.skipped, "spikes": stats.spikes}
         metrics |= {"sigmas": sigmas}
+        metrics |= {name: total / jnp.maximum(told, 1.0) for name, (total, told) in aux.items()}
         if config.ratios_every:
             due = (state.step + 1) % config.ratios_every == 0
             # Measured at every step, which costs nothing that shows: a `cond` would keep a copy of the weights for it.

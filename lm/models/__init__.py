@@ -10,7 +10,24 @@ from lm.base import AbstractLM
 from lm.hf import MAX_SHARD_BYTES, Names, Shardings, abstract, load_weights, save_folder
 from lm.hf_files import CONFIG_FILE, read_json
 from lm.hub import folder_of
-from lm.models import gemma2, gemma3, gpt2, gpt_neox, granite, llama, mistral, olmo2, phi3, qwen2, qwen3, smollm3
+from lm.models import (
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neox,
+    gpt_oss,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    olmoe,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
 
 
 class Architecture(NamedTuple):
@@ -28,14 +45,18 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3_text": Architecture(gemma3.Gemma3Config, gemma3.Gemma3, gemma3.HF_NAMES, gemma3.PRESETS),
     "gpt2": Architecture(gpt2.GPT2Config, gpt2.GPT2, gpt2.HF_NAMES, gpt2.PRESETS, gpt2.current_key),
     "gpt_neox": Architecture(gpt_neox.GPTNeoXConfig, gpt_neox.GPTNeoX, gpt_neox.HF_NAMES, gpt_neox.PRESETS, gpt_neox.current_key),
+    "gpt_oss": Architecture(gpt_oss.GptOssConfig, gpt_oss.GptOss, gpt_oss.HF_NAMES, gpt_oss.PRESETS),
     "granite": Architecture(granite.GraniteConfig, granite.Granite, granite.HF_NAMES, granite.PRESETS),
     "llama": Architecture(llama.LlamaConfig, llama.Llama, llama.HF_NAMES, llama.PRESETS, llama.current_key),
     "mistral": Architecture(mistral.MistralConfig, llama.Llama, llama.HF_NAMES, mistral.PRESETS),
+    "mixtral": Architecture(mixtral.MixtralConfig, mixtral.Mixtral, mixtral.HF_NAMES, mixtral.PRESETS),
     "olmo2": Architecture(olmo2.Olmo2Config, olmo2.Olmo2, olmo2.HF_NAMES, olmo2.PRESETS),
     "olmo3": Architecture(olmo2.Olmo3Config, olmo2.Olmo2, olmo2.HF_NAMES, olmo2.OLMO3_PRESETS),
+    "olmoe": Architecture(olmoe.OlmoeConfig, olmoe.Olmoe, olmoe.HF_NAMES, olmoe.PRESETS),
     "phi3": Architecture(phi3.Phi3Config, llama.Llama, phi3.HF_NAMES, phi3.PRESETS),
     "qwen2": Architecture(qwen2.Qwen2Config, llama.Llama, llama.HF_NAMES, qwen2.PRESETS),
     "qwen3": Architecture(qwen3.Qwen3Config, qwen3.Qwen3, qwen3.HF_NAMES, qwen3.PRESETS),
+    "qwen3_moe": Architecture(qwen3_moe.Qwen3MoeConfig, qwen3_moe.Qwen3Moe, qwen3_moe.HF_NAMES, qwen3_moe.PRESETS),
     "smollm3": Architecture(smollm3.SmolLM3Config, llama.Llama, llama.HF_NAMES, smollm3.PRESETS),
 }
 

@@ -19,6 +19,7 @@ MODEL = {"dtype": "bfloat16", "head_dim": 64, "seq": 512}
         (CPU, {}, "cpu"),
         (CPU, {"dtype": "float32"}, "cpu"),
         (CPU, {"softcap": 50.0}, "cpu"),
+        (CPU, {"sinks": True}, "cpu"),
         (CPU, {"dropout": 0.1}, "reference"),
         (OLD_CPU, {"dtype": "float32"}, "reference"),
         (H100, {}, "xla"),  # cudnn could, but is taken by name only
@@ -28,6 +29,7 @@ MODEL = {"dtype": "bfloat16", "head_dim": 64, "seq": 512}
         (H100, {"head_dim": 60}, "xla"),
         (H100, {"seq": 511}, "xla"),
         (H100, {"softcap": 50.0}, "reference"),
+        (H100, {"sinks": True}, "reference"),
         (H100, {"dropout": 0.1}, "reference"),
         (T4, {}, "xla"),
         (MI300, {}, "xla"),
@@ -51,6 +53,7 @@ def test_the_dtype_is_bf16_where_the_device_multiplies_it():
         (T4, {}, "cudnn", "compute capability 8.0, this card has 7.5"),
         (H100, {}, "cpu", "written for CPUs, this is NVIDIA H100"),
         (CPU, {"softcap": 50.0}, "xla", "cannot soft-cap scores .attention_softcap = 50.0.. These can: cpu, reference"),
+        (H100, {"sinks": True}, "xla", "it has no attention sinks. These can: reference"),
         (CPU, {"dropout": 0.1}, "cpu", "cannot drop attention probabilities .attention_dropout = 0.1.. These can: reference"),
         (CPU, {}, "triton", "backend must be auto or one of reference, xla, cudnn, cpu"),
     ],
