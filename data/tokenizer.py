@@ -1,5 +1,5 @@
-"""Text to token ids and back: `Tokenizer`, trained here or read from any Hugging Face `tokenizer.json`; `StreamDecoder`
-for text that must appear while ids are still arriving.
+"""Text to token ids and back: `Tokenizer`, trained here or read from any Hugging Face `tokenizer.json` or GGUF file;
+`StreamDecoder` for text that must appear while ids are still arriving.
 
 The file format is Hugging Face's, so a tokenizer trained here opens in `transformers` and theirs open here. Ours carries
 no post-processor: `tok(text)` gives the plain ids there too, and whoever builds a document adds BOS and EOS by id.
@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,9 +18,13 @@ import tokenizers
 from loguru import logger
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from data import chat_template, tokenizer_gguf
+
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 # Ids 0, 1, 2, ... in this order. The chat marks are here from the start, so that a model never has to grow for them.
 SPECIAL_TOKENS = (BOS, EOS, PAD, "<|im_start|>", "<|im_end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
+
+OTHER_NAMES = ("unk_token", "sep_token", "cls_token", "mask_token")  # in tokenizer_config.json, beside BOS, EOS and PAD
 
 # BPE never merges across these pieces. The family is GPT-4's (`cl100k_base` in tiktoken); three things differ:
 #   - a line break takes the indentation after it, `\n        ` is one piece: Python pays one token a line for its layout;
@@ -45,10 +49,20 @@ PARTS_AT_ONCE = 8
 class Tokenizer:
     """Token ids for text, byte for byte: `decode(encode(text)) == text` for tokenizers trained here.
 
-    `bos_id`, `eos_id` and `pad_id` are `None` where the tokenizer has no such token.
+    `bos_id`, `eos_id` and `pad_id` are `None` where the tokenizer has no such token, `chat_templates` is empty where it has
+    none. `others` are further names that chat templates may read, such as `unk_token`.
     """
 
-    def __init__(self, core: tokenizers.Tokenizer, *, bos: str | None, eos: str | None, pad: str | None) -> None:
+    def __init__(
+        self,
+        core: tokenizers.Tokenizer,
+        *,
+        bos: str | None,
+        eos: str | None,
+        pad: str | None,
+        others: Mapping[str, str] | None = None,
+        chat_templates: Mapping[str, str] | None = None,
+    ) -> None:
         if core.truncation is not None or core.padding is not None:
             logger.warning("tokenizer.json asks for truncation or padding; both are off here, nothing is cut or filled")
             core.no_truncation()
@@ -56,6 +70,8 @@ class Tokenizer:
         core.encode_special_tokens = True
         self._core = core
         self._names = {"bos": bos, "eos": eos, "pad": pad}
+        self._others = dict(others or {})
+        self.chat_templates = dict(chat_templates or {})
         self.bos_id, self.eos_id, self.pad_id = (self._id_of(role, name) for role, name in self._names.items())
         self.vocab_size = max(core.get_vocab(with_added_tokens=True).values()) + 1  # largest id + 1; ids may have holes
         self._added = frozenset(core.get_added_tokens_decoder())
@@ -105,10 +121,13 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """The tokenizer of a folder (or of a `tokenizer.json` file), ours or any Hugging Face one.
+        """The tokenizer of a folder (or of a `tokenizer.json` file), ours or any Hugging Face one, or of a GGUF file.
 
-        BOS, EOS and PAD are those named in `tokenizer_config.json` beside it, none where it is silent or missing.
+        BOS, EOS and PAD are those named in `tokenizer_config.json` beside it, none where it is silent or missing. The chat
+        template is `chat_template.jinja` beside it, or stands in that config.
         """
+        if Path(path).suffix == ".gguf":
+            return cls(**tokenizer_gguf.read(Path(path))._asdict())
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise ValueError(
@@ -125,19 +144,23 @@ class Tokenizer:
         except ValueError as error:
             raise ValueError(f"'{beside}' is not JSON: {error}. Fetch it again, or remove it to go without BOS, EOS and PAD") from error
         bos, eos, pad = (_content(config.get(f"{role}_token")) for role in ("bos", "eos", "pad"))
-        return cls(core, bos=bos, eos=eos, pad=pad)
+        others = {name: text for name in OTHER_NAMES if (text := _content(config.get(name))) is not None}
+        return cls(core, bos=bos, eos=eos, pad=pad, others=others, chat_templates=chat_template.read(file.parent, config))
 
     def save(self, folder: str | Path, *, model_max_length: int | None = None) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, which `AutoTokenizer.from_pretrained` reads.
+        """Write `tokenizer.json`, `tokenizer_config.json` and, where there is a chat template, `chat_template.jinja`, which
+        `AutoTokenizer.from_pretrained` reads.
 
         `model_max_length` is the context, in tokens, that `transformers` should assume; `None` leaves it unsaid.
         """
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         config |= {f"{role}_token": name for role, name in self._names.items() if name is not None}
+        config |= self._others
         if model_max_length is not None:
             config["model_max_length"] = model_max_length
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        chat_template.write(folder, self.chat_templates)
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         # Each written beside its place and renamed, tokenizer.json last: where it is, both are whole.
         for name, content in (("tokenizer_config.json", text), ("tokenizer.json", self._core.to_str(pretty=True))):
@@ -173,6 +196,29 @@ class Tokenizer:
         A token that is part of a character shows its bytes, as `\\xf0\\x9f`.
         """
         return [self._readable(token) for token in self._checked(tokens)]
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        **extra: Any,
+    ) -> str:
+        """The text of a conversation, by the chat template; `encode_with_specials` makes ids of it.
+
+        **Arguments:**
+
+        - `messages`: `[{"role": "user", "content": "Hi"}, ...]`.
+        - `tools`: JSON schemas of functions the model may call.
+        - `add_generation_prompt`: end with the opening of the assistant's turn.
+        - `extra`: what else the template reads, such as `enable_thinking=False`.
+
+        **Raises:** `ValueError` where there is no template, or it refuses the messages, with its reason.
+        """
+        names = {f"{role}_token": name for role, name in self._names.items() if name is not None} | self._others
+        return chat_template.render(
+            self.chat_templates, messages, tools=tools, add_generation_prompt=add_generation_prompt, **(names | extra)
+        )
 
     @functools.cached_property
     def digest(self) -> str:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Array, Key
 
+from lm import gguf
 from lm.base import AbstractLM
 from lm.hf import MAX_SHARD_BYTES, Names, Shardings, abstract, load_weights, save_folder
 from lm.hf_files import CONFIG_FILE, read_json
@@ -76,28 +77,45 @@ def load_pretrained(source: str | Path, *, dtype: Any = None, sharding: Sharding
 
     **Arguments:**
 
-    - `source`: a Hugging Face folder (`config.json` and safetensors), or a repository of the Hub, `"owner/name"`, which is fetched into the
-      Hub library's cache (`HF_HOME`, `HF_HUB_OFFLINE` and `HF_TOKEN` hold).
-    - `dtype`: of the arrays in memory; `None` keeps the file's.
+    - `source`: a Hugging Face folder (`config.json` and safetensors); a repository of the Hub, `"owner/name"`, which is fetched into the
+      Hub library's cache (`HF_HOME`, `HF_HUB_OFFLINE` and `HF_TOKEN` hold); or a file that ends in `.gguf`.
+    - `dtype`: of the arrays in memory; `None` keeps the file's, and dequantises those of a GGUF file to fp32.
     - `sharding`: where the arrays go: one `jax.sharding.Sharding` for all, or a function from the path of each
       (`blocks/3/attn/q_proj/weight`) to its own; `None` is the default device. Each goes there as it is read: the host never holds more
-      than the arrays that are its own and one tensor of the file.
+      than the arrays that are its own and one tensor of the file. GGUF files take none.
     - `revision`: of a repository: a branch, a tag or a commit.
 
     **Raises:** `FileNotFoundError` where a file is missing; `ValueError` for a repository that cannot be had, for an architecture or a
     `config.json` key we do not know, for pickles, and for tensors that are missing, left over or of another shape, all listed at once.
     """
+    if Path(source).suffix == ".gguf":
+        if sharding is not None or revision is not None:
+            raise ValueError(
+                f"{source} is a GGUF file, which takes neither a sharding nor a revision; save_pretrained makes a folder of it"
+            )
+        return _load_gguf(Path(source), dtype=dtype)
     folder = folder_of(source, revision)
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: expected a Hugging Face folder with config.json and model.safetensors")
     raw = read_json(path)
-    model_type = raw.get("model_type")
-    if model_type not in ARCHITECTURES:
-        raise ValueError(f"{path} is of model_type {model_type!r}; known are {', '.join(sorted(ARCHITECTURES))}")
-    architecture = ARCHITECTURES[model_type]
+    architecture = _of_model_type(raw.get("model_type"), path)
     skeleton = abstract(architecture.model.init, architecture.config.from_hf(raw))
     return load_weights(skeleton, architecture.hf_names, folder, dtype=dtype, sharding=sharding, current_key=architecture.current_key)
+
+
+def _load_gguf(path: Path, *, dtype: Any) -> AbstractLM:
+    file = gguf.open_file(path)
+    raw = gguf.config_of(file)
+    architecture = _of_model_type(raw["model_type"], path)
+    skeleton = abstract(architecture.model.init, architecture.config.from_hf(raw))
+    return gguf.load_weights(file, skeleton, architecture.hf_names, dtype=dtype)
+
+
+def _of_model_type(model_type: Any, path: Path) -> Architecture:
+    if model_type not in ARCHITECTURES:
+        raise ValueError(f"{path} is of model_type {model_type!r}; known are {', '.join(sorted(ARCHITECTURES))}")
+    return ARCHITECTURES[model_type]
 
 
 def save_pretrained(
