@@ -1,8 +1,8 @@
 """Go on training a model on your own text, without letting it forget the old one.
 
-A model and its tokenizer are taken from any folder that can be loaded: a run, its export, a Hugging Face folder. The new text is mixed
-with a share of the old (replay), the learning rate rises again from 0 and falls again to 0, and both texts' held-out parts are measured
-before, during and after: what was learned, and what was forgotten, in bits per byte.
+A model and its tokenizer are taken from wherever one can be loaded: a run, a Hugging Face folder, a GGUF file, the Hub. The new text is
+mixed with a share of the old (replay), the learning rate rises again from 0 and falls again to 0, and both texts' held-out parts are
+measured before, during and after: what was learned, and what was forgotten, in bits per byte.
 
     python -m recipes.continue_pretrain runs/pretrain_small-DATE-TIME --data my_texts/
     python -m recipes.continue_pretrain export/ --data notes.jsonl --replay old_texts/ --replay-share 0.2
@@ -76,7 +76,9 @@ from train.step import StepConfig, TrainState, init_state, make_step, make_token
 class Config(RunConfig):
     """Everything that makes the run what it is."""
 
-    source: Annotated[Path, tyro.conf.Positional] = Field(description="run, export or Hugging Face folder of the model to begin with")
+    source: Annotated[Path, tyro.conf.Positional] = Field(
+        description="the model to begin with: run, Hugging Face folder, GGUF file, or owner/name on the Hub"
+    )
     data: str = Field(description="the new text: a folder, a file, hf://owner/name/split, stdlib, or a mixture A:0.7,B:0.3")
     replay: str = Field("auto", description="the old text, as --data; auto: what the run SOURCE was trained on; none: no replay")
     replay_share: float = Field(0.05, ge=0, lt=1, description="share of the training tokens taken from the old text; 0: only measure it")

@@ -1,4 +1,4 @@
-"""Continue a prompt with any model this project trained or exported, as it is drawn.
+"""Continue a prompt with any model that can be loaded, as it is drawn.
 
 python -m recipes.sample runs/pretrain_small-20261122-120000 --prompt 'def main('
 python -m recipes.sample my_export/ --prompt 'import ' --temperature 0 --max-new-tokens 100
@@ -31,7 +31,7 @@ from train.runtime import DeviceError, choose_device, compilation_cache, device_
 class Config(RecipeConfig):
     """What to continue, and how."""
 
-    model: Annotated[Path, tyro.conf.Positional] = Field(description="run folder or export folder")
+    model: Annotated[Path, tyro.conf.Positional] = Field(description="run, Hugging Face folder, GGUF file, or owner/name on the Hub")
     prompt: str = Field("", description="text to continue; empty: from the beginning of a document")
     max_new_tokens: int = Field(200, ge=1, description="tokens to draw at most; cut to what the context holds")
     temperature: float = Field(0.7, ge=0, description="0: always the likeliest token")
