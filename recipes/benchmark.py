@@ -46,6 +46,7 @@ from recipes.benchmark_parts import measure_checkpoint, measure_imports, measure
 from recipes.benchmark_tables import show
 from recipes.benchmark_workers import all_of, in_turns, ours, together, torchs
 from recipes.command_line import fail
+from train.backends import choose_dtype
 from train.logs import plain_messages, write_json
 from train.runtime import device_facts, measure_matmul_peak
 
@@ -79,7 +80,7 @@ def measure_train(config: Config, figures: Figures) -> None:
         workers = {"ours": ours(spec_of(SIZES[size], config))}  # now from the compilation cache
         if config.against == "torch":
             for name, compiled in (("torch_eager", False), ("torch_compile", True)):
-                workers[name] = torchs(spec_of(SIZES[size], config, compile=compiled), config.torch_python)
+                workers[name] = torchs(spec_of(SIZES[size], config, compile=compiled, dtype="bfloat16"), config.torch_python)
         with together(workers):
             facts = workers["ours"].facts
             answers = in_turns(workers, config.rounds, f"train {size}")
@@ -119,8 +120,8 @@ def measure_ladder(config: Config, figures: Figures) -> None:
         logger.info(f"without {piece}")
         changes = {name: value for name, value in without.items() if name != "environ"}
         workers = {
-            "whole": ours(spec_of(SIZES[size], config)),
-            "without": ours(spec_of(SIZES[size], config, **changes), without.get("environ")),
+            "whole": ours(spec_of(SIZES[size], config, dtype="bfloat16")),
+            "without": ours(spec_of(SIZES[size], config, **{"dtype": "bfloat16"} | changes), without.get("environ")),
         }
         with together(workers):
             answers = in_turns(workers, config.rounds, f"without {piece}")
@@ -193,10 +194,11 @@ def main(config: Config) -> Path:
     plain_messages()
     check(config)
     folder = config.run_dir or Path("runs") / f"benchmark-{datetime.now():%Y%m%d-%H%M%S}"
-    config = config.model_copy(update={"run_dir": folder})
+    dtype = config.dtype or choose_dtype(device_facts())
+    config = config.model_copy(update={"run_dir": folder, "dtype": dtype})
     figures = Figures(folder / "figures.json")
     figures.setdefault("machine", device_facts() | {"matmul_flops_per_s": measure_matmul_peak().flops_per_s})
-    figures["machine"] |= {"rounds": config.rounds, "steps": config.steps}
+    figures["machine"] |= {"rounds": config.rounds, "steps": config.steps, "dtype": dtype}
     done = figures.setdefault("parts", [])
     folder.mkdir(parents=True, exist_ok=True)
     for part in config.parts:

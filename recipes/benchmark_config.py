@@ -41,6 +41,7 @@ class Config(RecipeConfig):
     )
     rounds: int = Field(5, ge=1, description=f"turns that each of those compared takes; growth and memory take {FEW} at most")
     steps: int = Field(10, ge=1, description=f"training steps in a turn; growth and memory take {FEW} at most")
+    dtype: Literal["float32", "bfloat16"] | None = Field(None, description="of our training steps; None: as the recipes choose it here")
     against: Literal["none", "torch"] = Field("none", description="in train and decode, measure PyTorch beside it, eager and compiled")
     torch_python: Path | None = Field(None, description="an interpreter that has torch; None: this one")
     json_file: Annotated[Path | None, tyro.conf.arg(name="json")] = Field(None, description="also write the figures here")
@@ -80,7 +81,7 @@ def check(config: Config) -> None:
 
 def spec_of(size: dict[str, int], config: Config, **changes: Any) -> dict[str, Any]:
     """What a process that takes training steps is told (`recipes.benchmark_ours`)."""
-    return {"kind": "train", "size": size, "backend": "cpu", "dtype": "bfloat16", "steps": config.steps} | changes
+    return {"kind": "train", "size": size, "backend": "cpu", "dtype": config.dtype, "steps": config.steps} | changes
 
 
 class Figures(dict[str, Any]):

@@ -22,7 +22,7 @@ from lm.generate import Sampler, generate, stream
 from recipes.command_line import RecipeConfig, fail
 from recipes.loading import load
 from recipes.stop_strings import StopStrings
-from train.backends import choose_dtype
+from train.backends import choose_weights
 from train.checkpoint import CheckpointError
 from train.logs import plain_messages
 from train.runtime import DeviceError, choose_device, compilation_cache, device_facts
@@ -45,7 +45,7 @@ class Config(RecipeConfig):
     seed: int = Field(0, ge=0, description="of the draws")
     device: Literal["auto", "cpu", "gpu", "tpu"] = Field("auto", description="where to compute")
     weights: Literal["auto", "float32", "bfloat16", "int8"] = Field(
-        "auto", description="how the matrices are kept; auto: bfloat16 where the device multiplies it faster, else float32"
+        "auto", description="how the matrices are kept; auto: bfloat16 where the device has instructions for it, else float32"
     )
 
 
@@ -55,7 +55,7 @@ def main(config: Config) -> None:
     device = choose_device(config.device)
     compilation_cache()
     model, tokenizer, origin = load(config.model)
-    products = choose_dtype(device_facts(device))
+    products = choose_weights(device_facts(device))
     weights = products if config.weights == "auto" else config.weights
     print(f"[{origin}: {model.n_params:,} parameters, as {weights}]", file=sys.stderr)
     model = lm.quantised(model, products) if weights == "int8" else lm.cast(model, weights)

@@ -315,6 +315,7 @@ def device_facts(device: "jax.Device | None" = None) -> dict[str, Any]:
         "process_count": jax.process_count(),
         "memory_bytes": _memory_bytes(device),  # of one device; on a CPU, of the machine
         "cpu": _cpu_name(),
+        "cpu_vendor": _cpu_vendor(),  # as its instruction set tells, "AuthenticAMD"; None: it does not
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "cpu_flags": [flag for flag in interesting if flag in flags],
         "system": platform.platform(),
@@ -332,6 +333,11 @@ def _memory_bytes(device: "jax.Device") -> int | None:
 def _cpu_name() -> str:
     named = re.search(r"^model name\s*:\s*(.+)$", _read(ROOT / "proc/cpuinfo"), re.MULTILINE)
     return named[1] if named else platform.processor() or platform.machine()
+
+
+def _cpu_vendor() -> str | None:
+    named = re.search(r"^vendor_id\s*:\s*(.+)$", _read(ROOT / "proc/cpuinfo"), re.MULTILINE)
+    return named[1] if named else None
 
 
 def _cpu_flags(root: Path = ROOT) -> frozenset[str]:

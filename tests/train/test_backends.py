@@ -2,9 +2,10 @@
 
 import pytest
 
-from train.backends import choose_backend, choose_dtype
+from train.backends import choose_backend, choose_dtype, choose_weights
 
-CPU = {"platform": "cpu", "device_kind": "cpu", "cpu_flags": ["avx2", "avx512_bf16"]}
+CPU = {"platform": "cpu", "device_kind": "cpu", "cpu_flags": ["avx2", "avx512_bf16"], "cpu_vendor": "AuthenticAMD"}
+XEON = CPU | {"cpu_vendor": "GenuineIntel"}
 OLD_CPU = CPU | {"cpu_flags": ["avx2"]}
 H100 = {"platform": "gpu", "device_kind": "NVIDIA H100 80GB HBM3", "compute_capability": "9.0"}
 T4 = {"platform": "gpu", "device_kind": "Tesla T4", "compute_capability": "7.5"}
@@ -22,6 +23,7 @@ MODEL = {"dtype": "bfloat16", "head_dim": 64, "seq": 512}
         (CPU, {"sinks": True}, "cpu"),
         (CPU, {"dropout": 0.1}, "reference"),
         (OLD_CPU, {"dtype": "float32"}, "reference"),
+        (XEON, {"dtype": "float32"}, "cpu"),
         (H100, {}, "xla"),  # cudnn could, but is taken by name only
         (H100, {"dtype": "float16", "head_dim": 128}, "xla"),  # cudnn could, but is taken by name only
         (H100, {"dtype": "float32"}, "xla"),
@@ -41,7 +43,12 @@ def test_auto_takes_the_first_that_can(device, changes, name):
 
 
 def test_the_dtype_is_bf16_where_the_device_multiplies_it():
-    assert [choose_dtype(device) for device in (CPU, OLD_CPU, H100, TPU)] == ["bfloat16", "float32", "bfloat16", "bfloat16"]
+    expected = {"bfloat16": (CPU, H100, TPU), "float32": (OLD_CPU, XEON)}
+    assert all(choose_dtype(device) == dtype for dtype, devices in expected.items() for device in devices)
+
+
+def test_weights_that_are_only_read_are_bf16_wherever_there_are_instructions_for_it():
+    assert [choose_weights(device) for device in (CPU, XEON, OLD_CPU, H100)] == ["bfloat16", "bfloat16", "float32", "bfloat16"]
 
 
 @pytest.mark.parametrize(
