@@ -265,7 +265,9 @@ class Tokenizer:
 class StreamDecoder:
     """Text from ids that arrive one at a time: what `push` returns, joined, and then `flush`, is `decode` of all ids.
 
-    A character whose bytes are spread over several tokens is held back until it is whole.
+    A character whose bytes are spread over several tokens is held back until it is whole. (One exception: tokenizers that
+    spell characters in bytes, `<0xE7>`, decode a row of bytes that is no UTF-8 to U+FFFD throughout; what was whole in it
+    before it broke has then been said.)
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
@@ -278,8 +280,8 @@ class StreamDecoder:
         """The text that became certain with `token`; often none."""
         self._open.append(token)
         text = self._decode(self._said + self._open)
-        whole = not text.endswith("\ufffd")  # U+FFFD at the end may yet become a character; one before it cannot
-        certain = len(text) if whole else len(text) - 1
+        certain = len(text.rstrip("\ufffd"))  # U+FFFD at the end may yet become a character, several of them may become one
+        whole = certain == len(text)
         new = text[self._shown : certain]
         self._shown = max(self._shown, certain)
         if whole and new:
