@@ -31,7 +31,7 @@ class Cut(NamedTuple):
 
     patterns: tuple[str, ...] = ()  # one after the other, each inside the pieces of those before; none: GPT-2's
     digits: bool = False  # every digit stands alone
-    nfc: bool = False
+    nfc: bool = False  # text is normalised first, as by the published tokenizer.json; llama.cpp itself does not
     whole_words: bool = False  # a piece that is a token needs no merges (`ignore_merges`)
 
 
