@@ -19,6 +19,7 @@ from loguru import logger
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from data import chat_template, tokenizer_gguf
+from data.tokenizer_plain import plain_core
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 # Ids 0, 1, 2, ... in this order. The chat marks are here from the start, so that a model never has to grow for them.
@@ -67,8 +68,7 @@ class Tokenizer:
             logger.warning("tokenizer.json asks for truncation or padding; both are off here, nothing is cut or filled")
             core.no_truncation()
             core.no_padding()
-        core.encode_special_tokens = True
-        self._core = core
+        self._core, self._plain_core = core, plain_core(core)
         self._names = {"bos": bos, "eos": eos, "pad": pad}
         self._others = dict(others or {})
         self.chat_templates = dict(chat_templates or {})
@@ -180,7 +180,7 @@ class Tokenizer:
         a single long text costs little with a tokenizer trained here, and 100 bytes a character with any other."""
         if self._cuts_at_lines and any(len(text) > 2 * PART for text in texts):
             return [self._encode_long(text) for text in texts]
-        return [np.asarray(e.ids, np.int32) for e in _encoded(self._core, texts)]
+        return [np.asarray(e.ids, np.int32) for e in _encoded(self._plain_core, texts)]
 
     def encode_with_specials(self, text: str) -> np.ndarray:
         """Like `encode`, but `<|user|>` in the text is the special token. For text we wrote ourselves (templates)."""
@@ -265,7 +265,9 @@ class Tokenizer:
 class StreamDecoder:
     """Text from ids that arrive one at a time: what `push` returns, joined, and then `flush`, is `decode` of all ids.
 
-    A character whose bytes are spread over several tokens is held back until it is whole.
+    A character whose bytes are spread over several tokens is held back until it is whole. (One exception: tokenizers that
+    spell characters in bytes, `<0xE7>`, decode a row of bytes that is no UTF-8 to U+FFFD throughout; what was whole in it
+    before it broke has then been said.)
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
@@ -278,8 +280,8 @@ class StreamDecoder:
         """The text that became certain with `token`; often none."""
         self._open.append(token)
         text = self._decode(self._said + self._open)
-        whole = not text.endswith("\ufffd")  # U+FFFD at the end may yet become a character; one before it cannot
-        certain = len(text) if whole else len(text) - 1
+        certain = len(text.rstrip("\ufffd"))  # U+FFFD at the end may yet become a character, several of them may become one
+        whole = certain == len(text)
         new = text[self._shown : certain]
         self._shown = max(self._shown, certain)
         if whole and new:

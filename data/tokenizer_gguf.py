@@ -31,7 +31,7 @@ class Cut(NamedTuple):
 
     patterns: tuple[str, ...] = ()  # one after the other, each inside the pieces of those before; none: GPT-2's
     digits: bool = False  # every digit stands alone
-    nfc: bool = False
+    nfc: bool = False  # text is normalised first, as by the published tokenizer.json; llama.cpp itself does not
     whole_words: bool = False  # a piece that is a token needs no merges (`ignore_merges`)
 
 
@@ -120,7 +120,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int]
     core = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=cut.whole_words))
     if cut.nfc:
         core.normalizer = normalizers.NFC()
-    steps = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in cut.patterns]
+    steps: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in cut.patterns]
     steps += [pre_tokenizers.Digits(individual_digits=True)] if cut.digits else []
     prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", False))
     steps += [pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=not cut.patterns)]

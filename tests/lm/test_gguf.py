@@ -16,11 +16,10 @@ from tiny_gguf import metadata_of, tensors_of, write, write_model
 import lm
 from data.tokenizer import Tokenizer
 from lm import rope
-from lm.gguf import FAMILIES, open_file
+from lm.gguf import FAMILIES, config_of, gguf_name, open_file
 
 # A row is one block of the quantised types here; all sizes differ, products too.
 BLOCKS = {"d_model": 32, "n_heads": 6, "n_kv_heads": 2, "head_dim": 8, "d_ff": 64}
-HERE = [name for name in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text") if name in lm.ARCHITECTURES]
 
 
 def leaves(model):
@@ -181,6 +180,91 @@ def test_a_family_without_a_drawing_is_named(architecture, tmp_path):
     model = tiny("llama")
     with pytest.raises(ValueError, match=f"of model_type '{FAMILIES[architecture].model_type}'; known are gpt2, llama"):
         lm.load_pretrained(write(tmp_path / "it.gguf", architecture, metadata_of(model.config), tensors_of(model)))
+
+
+def test_names_are_those_of_the_gguf_package():
+    layer = [
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.o_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
+        "mlp.down_proj",
+    ]
+    norms = {name: ["input_layernorm", "post_attention_layernorm"] for name in FAMILIES}
+    for name in ("gemma2", "gemma3"):
+        norms[name] += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    for name in ("qwen3", "gemma3"):
+        norms[name] += ["self_attn.q_norm", "self_attn.k_norm"]
+    for name, family in FAMILIES.items():
+        architecture = next(number for number, words in gguf.MODEL_ARCH_NAMES.items() if words == name)
+        theirs = gguf.get_tensor_name_map(architecture, 5)
+        modules = [f"model.layers.3.{module}" for module in layer + norms[name]]
+        for module in ("model.embed_tokens", "model.norm", *modules):
+            assert gguf_name(f"{module}.weight", family) == f"{theirs.get_name(module)}.weight"
+        assert gguf_name("lm_head.weight", family) == "output.weight"
+
+
+GEMMA = {
+    "context_length": 64,
+    "block_count": 46,
+    "embedding_length": 24,
+    "feed_forward_length": 40,
+    "attention.head_count": 6,
+    "attention.head_count_kv": 2,
+    "attention.key_length": 8,
+    "attention.value_length": 8,
+    "attention.layer_norm_rms_epsilon": 1e-6,
+    "attention.sliding_window": 5,
+    "final_logit_softcapping": 30.0,
+}
+GEMMA_CONFIG = {
+    "vocab_size": 97,
+    "max_position_embeddings": 64,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rms_norm_eps": 1e-6,
+    "sliding_window": 5,
+    "final_logit_softcapping": 30.0,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "said", "expected"),
+    [
+        (  # 46 layers: the 27B model, whose scores are divided by the root of d_model / n_heads
+            "gemma2",
+            {"attn_logit_softcapping": 50.0},
+            {"model_type": "gemma2", "num_hidden_layers": 46, "query_pre_attn_scalar": 4, "attn_logit_softcapping": 50.0},
+        ),
+        (
+            "gemma3",
+            {
+                "block_count": 26,
+                "rope.freq_base": 1e6,
+                "rope.freq_base_swa": 1e4,
+                "rope.scaling.type": "linear",
+                "rope.scaling.factor": 8.0,
+            },
+            {
+                "model_type": "gemma3_text",
+                "num_hidden_layers": 26,
+                "query_pre_attn_scalar": 8,
+                "rope_theta": 1e6,
+                "rope_local_base_freq": 1e4,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            },
+        ),
+    ],
+)
+def test_metadata_of_gemma_become_its_config(architecture, said, expected, tmp_path):
+    file = write(tmp_path / "it.gguf", architecture, GEMMA | said, {"token_embd.weight": np.ones((97, 24), np.float32)})
+    assert config_of(open_file(file)) == GEMMA_CONFIG | expected
 
 
 def test_missing_left_over_and_misshapen_tensors_are_listed_together(tmp_path):
