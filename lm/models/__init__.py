@@ -8,7 +8,7 @@ from jaxtyping import Array, Key
 
 from lm.base import AbstractLM
 from lm.hf import Names, abstract, load_weights, read_json, save_folder
-from lm.models import gemma2, gemma3, gpt2, llama, olmo2, qwen3
+from lm.models import gemma, gemma2, gemma3, gpt2, llama, olmo2, qwen3
 
 
 class Architecture(NamedTuple):
@@ -22,6 +22,7 @@ class Architecture(NamedTuple):
 
 
 ARCHITECTURES: dict[str, Architecture] = {
+    "gemma": Architecture(gemma.GemmaConfig, gemma.Gemma, gemma.HF_NAMES, gemma.PRESETS),
     "gemma2": Architecture(gemma2.Gemma2Config, gemma2.Gemma2, gemma2.HF_NAMES, gemma2.PRESETS),
     "gemma3_text": Architecture(gemma3.Gemma3Config, gemma3.Gemma3, gemma3.HF_NAMES, gemma3.PRESETS),
     "gpt2": Architecture(gpt2.GPT2Config, gpt2.GPT2, gpt2.HF_NAMES, gpt2.PRESETS, gpt2.current_key),
