@@ -231,20 +231,6 @@ def test_published_files_are_read_as_their_presets(name):
     assert architecture.config.from_hf(PUBLISHED[name]) == architecture.presets[name]
 
 
-@pytest.mark.parametrize(
-    ("family", "name", "n_params"),  # as counted in each repository's safetensors
-    [
-        ("gemma", "gemma-2b", 2_506_172_416),
-        ("gemma2", "gemma-2-2b", 2_614_341_888),
-        ("gemma3_text", "gemma-3-270m", 268_098_176),
-        ("gemma3_text", "gemma-3-1b", 999_885_952),
-    ],
-)
-def test_presets_have_the_published_number_of_parameters(family, name, n_params):
-    skeleton = eqx.filter_eval_shape(lambda key: lm.build(lm.ARCHITECTURES[family].presets[name], key=key), jr.key(0))
-    assert sum(leaf.size for leaf in jax.tree.leaves(skeleton)) == n_params
-
-
 def test_absent_soft_caps_of_gemma_2_are_the_published_ones_and_null_is_none():
     published = {name: value for name, value in PUBLISHED["gemma-2-27b"].items() if "softcapping" not in name}
     read = lm.ARCHITECTURES["gemma2"].config.from_hf
