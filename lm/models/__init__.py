@@ -12,6 +12,7 @@ from lm.hf import MAX_SHARD_BYTES, Names, Shardings, abstract, load_weights, sav
 from lm.hf_files import CONFIG_FILE, read_json
 from lm.hub import folder_of
 from lm.models import (
+    gemma,
     gemma2,
     gemma3,
     gpt2,
@@ -42,6 +43,7 @@ class Architecture(NamedTuple):
 
 
 ARCHITECTURES: dict[str, Architecture] = {
+    "gemma": Architecture(gemma.GemmaConfig, gemma.Gemma, gemma.HF_NAMES, gemma.PRESETS),
     "gemma2": Architecture(gemma2.Gemma2Config, gemma2.Gemma2, gemma2.HF_NAMES, gemma2.PRESETS),
     "gemma3_text": Architecture(gemma3.Gemma3Config, gemma3.Gemma3, gemma3.HF_NAMES, gemma3.PRESETS),
     "gpt2": Architecture(gpt2.GPT2Config, gpt2.GPT2, gpt2.HF_NAMES, gpt2.PRESETS, gpt2.current_key),

@@ -68,7 +68,7 @@ class Olmo2Config(BaseModel, frozen=True, extra="forbid"):
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
         """Of the layers."""
-        return tuple("full_attention" for _ in range(self.n_layers))
+        return every_full(1, self.n_layers)
 
     @property
     def windows(self) -> dict[LayerKind, int | None]:

@@ -1,4 +1,4 @@
-"""Gemma 2 and 3, OLMo 2 and 3, beside their golden models: caches, packing, flights and kernels where kinds of layers take turns; their
+"""Gemma 1 to 3, OLMo 2 and 3, beside their golden models: caches, packing, flights and kernels where kinds of layers take turns; their
 files, old and new."""
 
 import equinox as eqx
@@ -18,6 +18,7 @@ from train.losses import next_token
 S, F = "sliding_attention", "full_attention"
 # The window is shorter than the texts, both kinds of layers are there, and turns are left over at the end.
 FAMILIES = {
+    "gemma": {"rope_base": 50.0},
     "gemma2": {"n_layers": 5, "window": 3, "query_pre_attn_scalar": 11, "attention_softcap": 2.0, "logit_softcap": 3.0},
     "gemma3_text": {"n_layers": 8, "window": 3, "layer_types": (S, S, F, S, S, F, S, S), "rope_base": 50.0, "rope_base_local": 7.0},
     "olmo2": {"rope_base": 50.0},
@@ -25,7 +26,7 @@ FAMILIES = {
 }
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}  # fp32 sums in another order; logits are of order 1 to 10
 SHORT = {
-    family: settings | {"n_layers": 2} | ({"layer_types": (S, F)} if family != "olmo2" else {}) for family, settings in FAMILIES.items()
+    family: settings | {"n_layers": 2} | ({"layer_types": (S, F)} if "window" in settings else {}) for family, settings in FAMILIES.items()
 }
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -127,7 +128,7 @@ def test_stacked_turns_fill_their_caches_as_the_layers_would():
 def test_a_new_model_starts_with_norms_of_one_and_learns(family):
     model = lm.build(tiny_config(family, **SHORT[family]), key=jr.key(0))
     norms = [node for node in jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, RMSNorm)) if isinstance(node, RMSNorm)]
-    assert len(norms) == 1 + len(model.blocks) * {"gemma2": 4, "gemma3_text": 6, "olmo2": 4, "olmo3": 4}[family]
+    assert len(norms) == 1 + len(model.blocks) * {"gemma": 2, "gemma2": 4, "gemma3_text": 6, "olmo2": 4, "olmo3": 4}[family]
     assert all(np.all(norm.scale + norm.offset == 1) for norm in norms)
     tokens = jnp.asarray(packed_batch().tokens)
 
@@ -179,6 +180,11 @@ TOKENS = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0, "torch_dtype"
 OLD = COMMON | TOKENS
 # As published, with the keys of the transformers of their time.
 PUBLISHED = {
+    "gemma-2b": {
+        **OLD, "architectures": ["GemmaForCausalLM"], "head_dim": 256, "hidden_act": "gelu", "hidden_activation": None, "hidden_size": 2048,
+        "intermediate_size": 16384, "max_position_embeddings": 8192, "model_type": "gemma", "num_attention_heads": 8,
+        "num_hidden_layers": 18, "num_key_value_heads": 1, "rope_scaling": None, "rope_theta": 10000.0, "vocab_size": 256000,
+    },
     "gemma-2-27b": {
         **OLD, "architectures": ["Gemma2ForCausalLM"], "attn_logit_softcapping": 50.0, "cache_implementation": "hybrid",
         "final_logit_softcapping": 30.0, "head_dim": 128, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
@@ -225,15 +231,6 @@ def test_published_files_are_read_as_their_presets(name):
     assert architecture.config.from_hf(PUBLISHED[name]) == architecture.presets[name]
 
 
-@pytest.mark.parametrize(
-    ("family", "name", "n_params"),  # as counted in each repository's safetensors
-    [("gemma2", "gemma-2-2b", 2_614_341_888), ("gemma3_text", "gemma-3-270m", 268_098_176), ("gemma3_text", "gemma-3-1b", 999_885_952)],
-)
-def test_presets_have_the_published_number_of_parameters(family, name, n_params):
-    skeleton = eqx.filter_eval_shape(lambda key: lm.build(lm.ARCHITECTURES[family].presets[name], key=key), jr.key(0))
-    assert sum(leaf.size for leaf in jax.tree.leaves(skeleton)) == n_params
-
-
 def test_absent_soft_caps_of_gemma_2_are_the_published_ones_and_null_is_none():
     published = {name: value for name, value in PUBLISHED["gemma-2-27b"].items() if "softcapping" not in name}
     read = lm.ARCHITECTURES["gemma2"].config.from_hf
@@ -262,6 +259,7 @@ def test_both_ways_to_write_two_kinds_of_rope_are_one(family):
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
     [
+        ("gemma-2b", {"hidden_act": "silu"}, "hidden_act = 'silu'; our gemma computes"),
         ("gemma-2-27b", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True; our gemma2 computes"),
         ("gemma-2-27b", {"hidden_activation": "silu"}, "hidden_activation = 'silu'; our gemma2 computes"),
         ("gemma-2-27b", {"layer_types": [F]}, "layer_types must name 46 kinds, one for each of n_layers; it names 1"),
@@ -279,7 +277,8 @@ def test_what_would_be_another_function_is_refused_by_name(name, changes, words)
 
 
 @pytest.mark.parametrize(
-    ("family", "name"), [("gemma3_text", "attention_softcap"), ("olmo2", "logit_softcap"), ("olmo3", "attention_softcap")]
+    ("family", "name"),
+    [("gemma", "logit_softcap"), ("gemma3_text", "attention_softcap"), ("olmo2", "logit_softcap"), ("olmo3", "attention_softcap")],
 )
 def test_what_transformers_has_no_key_for_is_not_exported(family, name):
     config = tiny_config(family, **{name: 2.0})
