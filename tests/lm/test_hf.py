@@ -190,6 +190,8 @@ def test_presets_have_the_published_number_of_parameters():
     published |= {"gemma-2b": 2_506_172_416, "gemma-7b": 8_537_680_896, "gemma-2-2b": 2_614_341_888, "gemma-2-9b": 9_241_705_984}
     published |= {"gemma-2-27b": 27_227_128_320, "gemma-3-270m": 268_098_176, "gemma-3-1b": 999_885_952}
     published |= {"olmo-2-1b": 1_484_916_736, "olmo-2-7b": 7_298_617_344, "olmo-2-13b": 13_716_198_400, "olmo-3-7b": 7_298_011_136}
+    published |= {"mixtral-8x7b": 46_702_792_704, "olmoe-1b-7b": 6_919_161_856, "qwen3-30b-a3b": 30_532_122_624}
+    published |= {"gpt-oss-20b": 20_914_757_184}
     published |= {"smollm2-135m": 134_515_008, "tinyllama-1.1b": 1_100_048_384, "qwen3-0.6b": 596_049_920, "qwen3-1.7b": 1_720_574_976}
     counted = {}
     for architecture in lm.ARCHITECTURES.values():
