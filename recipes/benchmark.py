@@ -63,6 +63,9 @@ LADDER: dict[str, dict[str, Any]] = {
     "donated buffers": {"without": ["donation"]},
 }
 
+# PyTorch's sides of the comparison: name, compiled, dtype. On some processors its fp32 products are the faster ones.
+TORCH = (("torch_eager", False, "bfloat16"), ("torch_compile", True, "bfloat16"), ("torch_compile_fp32", True, "float32"))
+
 # ------------------------------------------------------------------------------------------- parts
 
 
@@ -79,8 +82,8 @@ def measure_train(config: Config, figures: Figures) -> None:
         workers["ours"].close()
         workers = {"ours": ours(spec_of(SIZES[size], config))}  # now from the compilation cache
         if config.against == "torch":
-            for name, compiled in (("torch_eager", False), ("torch_compile", True)):
-                workers[name] = torchs(spec_of(SIZES[size], config, compile=compiled, dtype="bfloat16"), config.torch_python)
+            for name, compiled, dtype in TORCH:
+                workers[name] = torchs(spec_of(SIZES[size], config, compile=compiled, dtype=dtype), config.torch_python)
         with together(workers):
             facts = workers["ours"].facts
             answers = in_turns(workers, config.rounds, f"train {size}")

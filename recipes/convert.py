@@ -30,7 +30,6 @@ import tyro
 from loguru import logger
 from pydantic import Field
 from rich.console import Console
-from rich.table import Table
 from safetensors.numpy import save_file
 
 from data.tokenizer import Tokenizer
@@ -42,6 +41,7 @@ from recipes.loading import holds_weights, is_gguf, is_run, load
 from train.checkpoint import CheckpointError
 from train.logs import plain_messages, write_json
 from train.parity import (
+    MARGIN,
     Choices,
     Comparison,
     compare,
@@ -204,24 +204,24 @@ def golden_comparisons(model_type: str) -> list[Comparison]:
 
 
 def show(report: dict[str, Any], compared: list[Comparison | Choices], path: Path) -> None:
-    """The report as a table."""
-    console = Console()
-    table = Table(title=f"{report['model_type']}, {report['parameters']:,} parameters")
-    for column in ("reference", "places", "max |Δ|", "mean |Δ|", "limit", "top 1", "top 5", "KL, nats", "verdict"):
-        table.add_column(column, justify="left" if column in ("reference", "verdict") else "right", overflow="fold")
-    for each in compared:
-        verdict = "passed" if each.passed else "FAILED"
-        if isinstance(each, Choices):
-            same = f"{each.agreement:.1%} ({each.clear_agreement:.1%} of {each.clear} clear ones)"
-            table.add_row(each.reference, f"{each.places}", "", "", "", same, "", "", verdict)
-        else:
-            figures = (f"{each.max_difference:.2g}", f"{each.mean_difference:.2g}", f"{each.limit:.2g}")
-            shares = (f"{each.top1_agreement:.1%}", f"{each.top5_agreement:.1%}", f"{each.kl:.1e}")
-            table.add_row(each.reference, f"{each.places}", *figures, *shares, verdict)
-    if compared:
-        console.print(table)
-    for line in (report["words"], f"written {path}"):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    """A line for each that was compared, and the verdict."""
+    lines = [in_words(each) for each in compared]
+    for line in (f"{report['model_type']}, {report['parameters']:,} parameters", *lines, report["words"], f"written {path}"):
+        Console().print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def in_words(found: Comparison | Choices) -> str:
+    verdict = "passed" if found.passed else "FAILED"
+    if isinstance(found, Choices):
+        return (
+            f"{found.reference}: {found.places} places, the likeliest token is the same at {found.agreement:.1%} of them, and at "
+            f"{found.clear_agreement:.1%} of the {found.clear} where ours leads by more than {MARGIN:g} logit: {verdict}"
+        )
+    return (
+        f"{found.reference}: {found.places} places, logits up to {found.largest_logit:.1f} differ by at most {found.max_difference:.1e} "
+        f"(limit {found.limit:.1e}), {found.mean_difference:.1e} in the mean; the likeliest token is the same at "
+        f"{found.top1_agreement:.1%}, of the five likeliest {found.top5_agreement:.1%}; KL {found.kl:.1e} nats: {verdict}"
+    )
 
 
 if __name__ == "__main__":
