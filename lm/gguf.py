@@ -195,6 +195,8 @@ def config_of(file: GGUF) -> dict[str, Any]:
         config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
     if family.scale_from_heads is not None:
         config["query_pre_attn_scalar"] = d_model // n_heads if config["num_hidden_layers"] == family.scale_from_heads else head_dim
+    if family.model_type == "gemma3_text" and "sliding_window" not in config:  # the converter is silent where all layers see everything
+        config["sliding_window_pattern"] = 1
     window = left.get("attention.sliding_window")
     if family.model_type == "llama" and window is not None:  # Mistral is written as llama
         del left["attention.sliding_window"]

@@ -60,8 +60,9 @@ def tensors_of(model: Any) -> dict[str, np.ndarray]:
 
 
 def metadata_of(config: Any) -> dict[str, Any]:
-    """What the converter says of a config, behind the name of the architecture."""
-    return {
+    """What the converter says of a config, behind the name of the architecture: which layers have a window it does not say."""
+    architecture = ARCHITECTURE.get(config.model_type, config.model_type)
+    said = {
         "context_length": config.context,
         "block_count": config.n_layers,
         "embedding_length": config.d_model,
@@ -73,6 +74,15 @@ def metadata_of(config: Any) -> dict[str, Any]:
         "attention.layer_norm_rms_epsilon": config.norm_eps,
         "rope.freq_base": config.rope_base,
     }
+    if architecture in ("gemma", "gemma2"):
+        del said["rope.freq_base"]  # 10,000 without a word
+    if architecture in ("gemma2", "gemma3"):
+        said |= {"attention.sliding_window": config.window, "final_logit_softcapping": config.logit_softcap}
+    if architecture == "gemma2":
+        said["attn_logit_softcapping"] = config.attention_softcap
+    if architecture == "gemma3":
+        said["rope.freq_base_swa"] = config.rope_base_local
+    return {key: value for key, value in said.items() if value is not None}
 
 
 def write(
