@@ -299,6 +299,8 @@ def prepared(model: AbstractLM, dropout: float) -> AbstractLM:
     """The same weights in fp32, in a model with this dropout. Attention's own is switched off: fast kernels have none."""
     config = model.config
     wanted = {"dropout": dropout, "embed_dropout": dropout, "attention_dropout": 0.0}
+    if dropout > 0 and "dropout" not in type(config).model_fields:
+        raise ValueError(f"--dropout {dropout}: a {config.model_type} has no dropout on its branches; leave it out")
     changed = config.model_copy(update={name: value for name, value in wanted.items() if name in type(config).model_fields})
     differs = {name: getattr(config, name) for name in wanted if getattr(config, name, None) != getattr(changed, name, None)}
     if differs:

@@ -7,7 +7,7 @@ from tiny import tiny
 
 import lm
 from data.tokenizer import Tokenizer
-from recipes.continue_pretrain import Config, main
+from recipes.continue_pretrain import Config, main, prepared
 from train.logs import read_metrics
 
 IN_SHORT = ("gemma3_text", "gpt_oss")  # two that differ most from the models trained here; the others are minutes together
@@ -50,3 +50,9 @@ def test_a_loaded_model_learns_and_its_export_is_loaded_again(family, texts, tmp
     again = lm.load_pretrained(tmp_path / "run" / "export")
     assert type(again.config).model_type == family
     assert np.isfinite(again(jnp.arange(9))).all()
+
+
+def test_dropout_that_a_family_has_no_place_for_is_refused():
+    with pytest.raises(ValueError, match=r"--dropout 0.1: a gemma2 has no dropout on its branches; leave it out"):
+        prepared(tiny("gemma2"), 0.1)
+    assert prepared(tiny("llama"), 0.1).config.dropout == 0.1
