@@ -36,12 +36,12 @@ class Blocks(NamedTuple):
         starts, block_starts = ends - sizes, block_ends - (-(-sizes // size))
 
         block = jnp.arange(n)
-        expert = jnp.minimum(jnp.searchsorted(block_ends, block, side="right"), experts - 1)
+        expert = jnp.minimum(jnp.searchsorted(block_ends, block, side="right", method="compare_all"), experts - 1)
         row = (starts[expert] + (block - block_starts[expert]) * size)[:, None] + jnp.arange(size)
         row = jnp.where((row < ends[expert][:, None]) & (block < block_ends[-1])[:, None], row, rows)
 
         here = jnp.arange(rows)
-        mine = jnp.minimum(jnp.searchsorted(ends, here, side="right"), experts - 1)
+        mine = jnp.minimum(jnp.searchsorted(ends, here, side="right", method="compare_all"), experts - 1)
         place = block_starts[mine] * size + here - starts[mine]
         return Blocks(expert, row, jnp.where(here < ends[-1], place, n * size))
 

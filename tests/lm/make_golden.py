@@ -19,6 +19,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -75,7 +76,17 @@ def compute(model_type: str, given: dict) -> dict[str, np.ndarray]:
     }
 
 
+def mxfp4() -> dict[str, np.ndarray]:
+    """Every byte and a few scales, and what they mean to `transformers`."""
+    blocks = np.random.default_rng(0).permutation(256).astype(np.uint8).reshape(2, 2, 4, 16)
+    scales = np.arange(20, 240, 14, dtype=np.uint8).reshape(2, 2, 4)
+    numbers = convert_moe_packed_tensors(torch.from_numpy(blocks), torch.from_numpy(scales), dtype=torch.float32)
+    return {"blocks": blocks, "scales": scales, "numbers": numbers.numpy()}
+
+
 def main(families: list[str]) -> None:
+    if not families or "gpt_oss" in families:
+        np.savez_compressed(GOLDEN / "mxfp4.npz", **mxfp4())
     for cases in sorted(GOLDEN.glob("*.json")):
         if families and cases.stem not in families:
             continue

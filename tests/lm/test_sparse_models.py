@@ -1,5 +1,7 @@
 """The families with experts: what is true of every model is true of them, and what their files may say."""
 
+from pathlib import Path
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -16,14 +18,20 @@ from lm.quant import from_mxfp4
 from train.optimizers import OptimizerConfig, build_optimizer
 from train.step import StepConfig, init_state, make_step
 
-FAMILIES = ["gpt_oss", "mixtral", "olmoe", "qwen3_moe"]
+# Two layers a family where more would only compile longer.
+FAMILIES = {
+    "gpt_oss": {"n_layers": 2, "sliding": (True, False)},
+    "mixtral": {"n_layers": 2, "window": 5},
+    "olmoe": {"n_layers": 2, "clip": 1.5},
+    "qwen3_moe": {"n_layers": 2},
+}
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 @each_family
 def test_cached_greedy_decoding_equals_the_full_forward(family):
-    model = tiny(family)
-    drawn = lm.generate(model, [[5, 17, 3], [60]], max_new_tokens=7)[0]  # past the window of gpt_oss; one prompt is padded
+    model = tiny(family, **FAMILIES[family])
+    drawn = lm.generate(model, [[5, 17, 3], [60]], max_new_tokens=7)[0]  # past the windows; one prompt is padded
     row = [5, 17, 3, *drawn]
     logits = logits_of(model, jnp.array(row))
     assert drawn == [int(jnp.argmax(logits[i])) for i in range(2, len(row) - 1)]
@@ -31,7 +39,7 @@ def test_cached_greedy_decoding_equals_the_full_forward(family):
 
 @each_family
 def test_documents_packed_into_a_row_are_as_if_alone(family):
-    model, batch = tiny(family), packed_batch()
+    model, batch = tiny(family, **FAMILIES[family]), packed_batch()
     packed = logits_of(model, jnp.asarray(batch.tokens), facts_of(batch))
     for row, document in ((0, 1), (1, 2)):
         places = batch.segments[row] == document
@@ -52,8 +60,8 @@ def gradient_of(model, batch, flight, backend):
 
 @each_family
 def test_scan_rematerialisation_and_the_cpu_kernels_learn_what_the_loop_does(family):
-    alike = {"gpt_oss": {"sliding": (True, True, False)}, "qwen3_moe": {"dense_layers": (2,)}}  # two neighbours of one structure
-    model, batch = tiny(family, **alike.get(family, {})), packed_batch()
+    alike = {"gpt_oss": {"sliding": (True, True)}, "qwen3_moe": {"dense_layers": ()}}
+    model, batch = tiny(family, **(FAMILIES[family] | alike.get(family, {}))), packed_batch()
     flight = Flight(layers="scan", remat="full")
     assert isinstance(put_on_flight(model, flight, lm.REFERENCE).blocks[0], Stack)
     got, expected = gradient_of(model, batch, flight, "cpu"), gradient_of(model, batch, Flight(), "reference")
@@ -63,7 +71,7 @@ def test_scan_rematerialisation_and_the_cpu_kernels_learn_what_the_loop_does(fam
 
 @each_family
 def test_a_few_steps_in_bf16_lower_the_loss(family):
-    model, batch = lm.build(tiny_config(family), key=jr.key(0)), packed_batch()
+    model, batch = lm.build(tiny_config(family, **FAMILIES[family]), key=jr.key(0)), packed_batch()
     optimizer = build_optimizer(OptimizerConfig(name="muon"))
     step = make_step(optimizer, StepConfig(), Flight(dtype="bfloat16"), lm.BACKENDS["cpu"], jr.key(1))
     state, losses = init_state(model, optimizer), []
@@ -77,7 +85,7 @@ def test_a_few_steps_in_bf16_lower_the_loss(family):
 
 @each_family
 def test_a_model_survives_its_folder(family, tmp_path):
-    model = tiny(family)
+    model = tiny(family, **FAMILIES[family])
     lm.save_pretrained(model, tmp_path)
     again = lm.load_pretrained(tmp_path)
     assert again.config.model_copy(update={"router_z": model.config.router_z}) == model.config  # which their files have no key for
@@ -175,6 +183,12 @@ def test_mxfp4_is_thirty_two_numbers_of_four_bits_times_a_power_of_two():
     for block, scale in enumerate((1.0, 8.0, 2.0**-7)):
         expected = [scale * number for low in range(16) for number in (numbers[low], numbers[15 - low])]
         assert got[0, 32 * block : 32 * block + 32].tolist() == expected
+
+
+def test_mxfp4_is_what_transformers_makes_of_it():
+    with np.load(Path(__file__).parent / "golden" / "mxfp4.npz") as golden:
+        got = from_mxfp4(golden["blocks"], golden["scales"])
+        np.testing.assert_array_equal(got.astype(np.float32).swapaxes(-1, -2), golden["numbers"])  # theirs lie (in, out)
 
 
 def test_a_scale_that_is_no_number_is_refused():

@@ -16,6 +16,7 @@ from train.optimizers import (
     build_optimizer,
     is_matrix,
     learning_rate,
+    matrices,
     orthogonalise,
     scale_by_muon,
 )
@@ -285,6 +286,22 @@ def test_matrices_stacked_by_shape_move_as_each_alone():
     for name, shape in shapes.items():
         assert together[name].shape == shape
         np.testing.assert_allclose(together[name], muon_update([{name: g[name]} for g in gradients])[name], **BF16)
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 10), (4, 10, 6)])
+def test_experts_stacked_in_one_leaf_move_as_each_alone(shape):
+    gradients = [{"experts": jr.normal(jr.key(step), shape), "same": jr.normal(jr.key(step + 5), (6, 10))} for step in range(2)]
+    together = muon_update(gradients)["experts"]
+    assert together.shape == shape
+    for e in range(shape[0]):
+        np.testing.assert_allclose(together[e], muon_update([{"w": g["experts"][e]} for g in gradients])["w"], **BF16)
+
+
+def test_experts_are_matrices_and_their_biases_are_not():
+    model = tiny("gpt_oss")
+    found = {path.removeprefix("blocks/0/") for path, is_one in leaves_by_path(matrices(model)).items() if is_one and "blocks/0" in path}
+    maps = {f"attn/{name}_proj/weight" for name in "qkvo"} | {f"mlp/experts/{name}_proj/weight" for name in ("gate", "up", "down")}
+    assert found == maps | {"mlp/router/weight"}
 
 
 def test_a_matrix_transposed_has_its_update_transposed():

@@ -107,6 +107,52 @@ def test_the_z_loss_is_trained_on_and_not_reported():
     assert not np.allclose(pulled_state.optimizer.embed.weight, state.optimizer.embed.weight, rtol=0.01)
 
 
+# ------------------------------------------------------------------------------------------- what the blocks report
+
+
+def sparse(**changes):
+    return tiny("mixtral", n_layers=1, **changes)
+
+
+def test_the_routers_balance_is_told_and_trained_on_by_its_weight():
+    batch = packed_batch()
+    batch.loss_weights[:] = np.arange(13) == 3  # one token a row is supervised; the balance is of all that are real
+    batch.loss_weights[1] = 0.0
+
+    def balance(model):
+        _, _, aux = model.hidden(jnp.asarray(batch.tokens), facts_of(batch))
+        return {name: total / count for name, (total, count) in aux.items()}
+
+    told = jax.jit(balance)(sparse())
+    states = {}
+    for weights in [(0.0, 0.0), (0.5, 0.0), (0.0, 0.25)]:
+        model = sparse(balance=weights[0], router_z=weights[1])
+        states[weights], metrics = step_for(RECORDER)(init_state(model, RECORDER), batch, 0.0)
+        for name, value in told.items():
+            np.testing.assert_allclose(metrics[name], value, rtol=1e-5)
+    plain, balanced, small_z = ([np.asarray(g) for g in jax.tree.leaves(state.optimizer)] for state in states.values())
+    for name, weight, pulled in (("router_balance", 0.5, balanced), ("router_z", 0.25, small_z)):
+        slope = jax.tree.leaves(jax.jit(jax.grad(lambda model, name=name: balance(model)[name]))(sparse()))
+        for without, with_it, expected in zip(plain, pulled, slope, strict=True):
+            np.testing.assert_allclose(with_it - without, weight * expected, atol=1e-5 * max(np.abs(without).max(), 1))
+    router = states[(0.5, 0.0)].optimizer.blocks[0].mlp.router.weight - states[(0.0, 0.0)].optimizer.blocks[0].mlp.router.weight
+    assert jnp.abs(router).max() > 1e-3
+
+
+def test_micro_batches_report_the_mean_of_all_tokens_and_pull_by_the_tokens_they_have():
+    batch = packed_batch(batch=4)
+    batch.loss_weights[2:] = 0.0  # the second micro-batch has nothing to learn from: its router is not pulled either
+    model = sparse(balance=0.5)
+    state, metrics = step_for(RECORDER, micro_batches=2)(init_state(copied(model), RECORDER), batch, 0.0)
+    halves = [jax.tree.map(lambda x, i=i: x[2 * i : 2 * i + 2], batch) for i in range(2)]
+    first_state, first = step_for(RECORDER)(init_state(copied(model), RECORDER), halves[0], 0.0)
+    assert_close(state.optimizer, first_state.optimizer, 1e-5)
+    _, second = step_for(RECORDER)(init_state(copied(model), RECORDER), halves[1], 0.0)
+    real = [np.sum(half.segments > 0) for half in halves]
+    expected = np.average([first["router_balance"], second["router_balance"]], weights=real)
+    np.testing.assert_allclose(metrics["router_balance"], expected, rtol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------- the state
 
 
