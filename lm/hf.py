@@ -5,10 +5,10 @@ reads it one way, saving the other. Our weights have Hugging Face's layout, so m
 `transposed`, a `part` of a fused tensor, an `expert` a tensor, and, on the way in only, `packed`.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from lm.base import AbstractLM, leaves_by_path, role
+from lm.hf_files import DTYPES, Entry, Plan, entries_of, read_tensor, write_folder
 
-WEIGHTS_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5_000_000_000  # of a file, as the Hub's other writers have it
+
+Shardings = jax.sharding.Sharding | Callable[[str], jax.sharding.Sharding] | None  # one for all arrays, or by the path of each
 
 
 class Packed(NamedTuple):
@@ -96,6 +96,10 @@ class Piece(NamedTuple):
     expert: int | None
 
     @property
+    def is_last(self) -> bool:
+        return self.expert is None or self.expert == self.leaf.shape[0] - 1
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return self.leaf.shape if self.expert is None else self.leaf.shape[1:]
 
@@ -158,112 +162,138 @@ def abstract(init: Callable[..., AbstractLM], config: Any) -> AbstractLM:
 
 
 def load_weights(
-    skeleton: AbstractLM, names: Names, folder: Path, *, dtype: Any = None, current_key: Callable[[str], str | None] = lambda key: key
+    skeleton: AbstractLM,
+    names: Names,
+    folder: Path,
+    *,
+    dtype: Any = None,
+    sharding: Shardings = None,
+    current_key: Callable[[str], str | None] = lambda key: key,
 ) -> AbstractLM:
-    """Fill an abstract tree from a folder's safetensors, one tensor at a time.
+    """Fill an abstract tree from a folder's safetensors, one tensor at a time: the most that is held is the arrays as they will be, and one
+    tensor as it lies in the file (of a `packed` one also what unpacking takes).
 
     **Arguments:**
 
+    - `dtype`: of the arrays; `None` keeps the file's.
+    - `sharding`: where each array goes, by its path; one for all, or `None` for the default device.
     - `current_key`: today's name of a key found in a file, for families whose old files have others; `None` for a tensor that is no weight.
 
-    **Raises:** `ValueError` listing every tensor that is missing, left over, or of another shape.
+    **Raises:** `ValueError` listing every tensor that is missing, left over, or of another shape or dtype.
     """
-    found = {current_key(key): (key, file) for key, file in _files_of(folder).items()}
+    found = {current_key(key): entry for key, entry in entries_of(folder).items()}
     wanted = by_key(skeleton, names)
     sources = {key: _sources(key, pieces[0].stored.packed, found) for key, pieces in wanted.items()}
-    known = {source for keys in sources.values() for source in keys}
-    problems = [
-        f"missing: {source}" + (f" {_file_shape(wanted[key])}" if source == key else "")
-        for key, keys in sources.items()
-        for source in keys
-        if source not in found
-    ]
-    problems += [f"left over: {key}" for key in found if key is not None and key not in known]
-    for key, pieces in wanted.items():
-        if key in found and (shape := _shape_of(*found[key])) != _file_shape(pieces):
-            problems.append(f"shape: {key} is {shape}, expected {_file_shape(pieces)}")
+    problems = _problems(found, wanted, sources, _tied_twin(names, wanted, found))
     if problems:
         raise ValueError(f"{folder} does not hold the model its config.json describes:\n  " + "\n  ".join(problems))
 
-    loaded: dict[str, Any] = {}
+    loaded: dict[str, jax.Array] = {}
+    filling: dict[str, np.ndarray] = {}  # of experts, until all are in
     for key, pieces in wanted.items():
-        arrays = [_read(*found[source]) for source in sources[key]]
-        decode = pieces[0].stored.packed.decode if pieces[0].stored.packed and key not in found else None
-        tensor = decode(*arrays) if decode else arrays[0]
-        if tensor.shape != _file_shape(pieces):
-            raise ValueError(f"{', '.join(sources[key])} in {folder} make {tensor.shape}, expected {_file_shape(pieces)}")
+        tensor = _tensor_of(key, pieces, {source: found[source] for source in sources[key]})
         for piece, array in zip(pieces, _cut(tensor, pieces), strict=True):
-            if piece.expert is None:
-                loaded[piece.path] = jnp.asarray(array, dtype=dtype)
-                continue
-            if piece.path not in loaded:
-                loaded[piece.path] = np.empty(piece.leaf.shape, array.dtype if dtype is None else dtype)
-            loaded[piece.path][piece.expert] = array
-            if piece.expert == piece.leaf.shape[0] - 1:
-                loaded[piece.path] = jnp.asarray(loaded[piece.path])
+            if piece.path not in filling:
+                filling[piece.path] = _buffer(piece.leaf.shape, np.dtype(tensor.dtype if dtype is None else dtype))
+            filling[piece.path][... if piece.expert is None else piece.expert] = array
+            if piece.is_last:
+                loaded[piece.path] = _placed(filling.pop(piece.path), piece.path, sharding)
+        del tensor, array  # before the next is read
     return jax.tree.unflatten(jax.tree.structure(skeleton), [loaded[path] for path in leaves_by_path(skeleton)])
 
 
-def _sources(key: str, packed: Packed | None, found: Mapping[Any, Any]) -> list[str]:
+def _sources(key: str, packed: Packed | None, found: Mapping[Any, Entry]) -> list[str]:
     """The tensors of the file that make the one we want."""
     if packed is None or key in found or not any(key + suffix in found for suffix in packed.suffixes):
         return [key]
     return [key + suffix for suffix in packed.suffixes]
 
 
-def _shape_of(key: str, file: Path) -> tuple[int, ...]:
-    with _open(file) as tensors:
-        return tuple(tensors.get_slice(key).get_shape())
+def _problems(
+    found: Mapping[str | None, Entry], wanted: Mapping[str, list[Piece]], sources: Mapping[str, list[str]], twin: tuple[str, str] | None
+) -> list[str]:
+    """All that is wrong with a folder's tensors, a line each."""
+    missing = [
+        f"missing: {source}" + (f" {_file_shape(wanted[key])}" if source == key else "")
+        for key, keys in sources.items()
+        for source in keys
+        if source not in found
+    ]
+    known = {source for keys in sources.values() for source in keys} | ({twin[0]} if twin else set())
+    left_over = [f"left over: {key}" for key in found if key is not None and key not in known]
+    here = {key: (found[key], _file_shape(pieces)) for key, pieces in wanted.items() if key in found}
+    shapes = [f"shape: {key} is {entry.shape}, expected {shape}" for key, (entry, shape) in here.items() if entry.shape != shape]
+    dtypes = [
+        f"dtype: {key} is {entry.dtype}, expected one of {', '.join(DTYPES)}"
+        for key, (entry, _) in here.items()
+        if entry.dtype not in DTYPES
+    ]
+    problems = missing + left_over + shapes + dtypes
+    if not problems and twin and not np.array_equal(read_tensor(found[twin[0]]), read_tensor(found[twin[1]])):
+        problems.append(f"{twin[0]} is not equal to {twin[1]}, though config.json says they are one (tie_word_embeddings)")
+    return problems
 
 
-def _read(key: str, file: Path) -> np.ndarray:
-    with _open(file) as tensors:
-        return tensors.get_tensor(key)
+def _tied_twin(names: Names, wanted: Mapping[str, Any], found: Mapping[Any, Entry]) -> tuple[str, str] | None:
+    """The keys of unembedding and embedding, where a file of a model in which they are one holds both."""
+    embed, unembed = (_stored(names[role]).key if role in names else "" for role in ("embed.weight", "unembed.weight"))
+    return (unembed, embed) if unembed in found and unembed not in wanted and embed in found else None
 
 
-def save_folder(model: AbstractLM, names: Names, folder: Path, *, dtype: Any = None, extra_config: Mapping[str, Any] | None = None) -> None:
-    """Write `config.json` and `model.safetensors`; `dtype=None` keeps the arrays' own. `extra_config` adds token ids and the like."""
+def _tensor_of(key: str, pieces: list[Piece], entries: Mapping[str, Entry]) -> np.ndarray:
+    """The tensor that holds these pieces, unpacked if the file has not it but what makes it."""
+    arrays = [read_tensor(entry) for entry in entries.values()]
+    form = pieces[0].stored.packed
+    tensor = arrays[0] if form is None or key in entries else form.decode(*arrays)
+    if tensor.shape != _file_shape(pieces):
+        raise ValueError(f"{', '.join(entries)} make a tensor of shape {tensor.shape}, expected {_file_shape(pieces)}")
+    return tensor
+
+
+def _buffer(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that begins where a CPU device takes it over as it is; elsewhere it would be copied, and held twice."""
+    n_bytes = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(n_bytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + n_bytes].view(dtype).reshape(shape)
+
+
+def _placed(array: np.ndarray, path: str, sharding: Shardings) -> jax.Array:
+    where = sharding(path) if callable(sharding) else sharding
+    return jax.device_put(array) if where is None else jax.make_array_from_callback(array.shape, where, lambda index: array[index])
+
+
+def save_folder(
+    model: AbstractLM,
+    names: Names,
+    folder: Path,
+    *,
+    dtype: Any = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    extra_config: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `config.json` and `model.safetensors`, or shards with their index; `dtype=None` keeps the arrays' own. `extra_config` adds
+    token ids and the like."""
     config = model.config.to_hf()  # first: it may refuse
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
+    plans = {}
     for key, pieces in by_key(model, names).items():
-        arrays = [np.asarray(piece.leaf if piece.expert is None else piece.leaf[piece.expert]) for piece in pieces]
-        tensors[key] = _joined([array if dtype is None else array.astype(dtype) for array in arrays], pieces)
-    try:
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OSError(f"{folder / WEIGHTS_FILE} could not be written ({error}): is the disk full?") from error
-    stored = str(next(iter(tensors.values())).dtype)
-    config = config | {"dtype": stored} | dict(extra_config or {})
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        stored = np.dtype(pieces[0].leaf.dtype if dtype is None else dtype)
+        if stored not in DTYPES.values():
+            raise ValueError(f"{key} would be written as {stored}, expected one of {', '.join(map(str, DTYPES.values()))}: give dtype=")
+        plans[key] = Plan(_file_shape(pieces), stored, partial(_gathered, pieces, stored))
+    folder.mkdir(parents=True, exist_ok=True)
+    config = config | {"dtype": str(next(iter(plans.values())).dtype)} | dict(extra_config or {})
+    write_folder(folder, plans, config, max_shard_bytes)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not whole JSON ({error}): was the download or copy cut short?") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}: expected a JSON object")
-    return content
+def _gathered(pieces: list[Piece], dtype: np.dtype) -> np.ndarray:
+    """The tensor of the file that holds these pieces."""
+    return _joined([_on_host(piece).astype(dtype, copy=False) for piece in pieces], pieces)
 
 
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="np")
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file ({error}): was the download or copy cut short?") from error
-
-
-def _files_of(folder: Path) -> dict[str, Path]:
-    """Which file holds which tensor."""
-    if (folder / INDEX_FILE).is_file():
-        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{folder / INDEX_FILE} has no weight_map: expected an object that names the file of each tensor")
-        return {key: folder / name for key, name in weight_map.items()}
-    if not (folder / WEIGHTS_FILE).is_file():
-        raise FileNotFoundError(f"{folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}")
-    with _open(folder / WEIGHTS_FILE) as tensors:
-        return dict.fromkeys(tensors.keys(), folder / WEIGHTS_FILE)
+def _on_host(piece: Piece) -> np.ndarray:
+    """A piece's numbers. An array keeps for good the copy it once gave to the host, so one that lies elsewhere is asked through a copy."""
+    leaf, expert = piece.leaf, piece.expert
+    if isinstance(leaf, jax.Array) and [device.platform for device in leaf.devices()] != ["cpu"]:
+        return np.asarray(jnp.copy(leaf) if expert is None else jax.lax.dynamic_index_in_dim(leaf, expert, keepdims=False))
+    return np.asarray(leaf)[... if expert is None else expert]

@@ -45,6 +45,13 @@ class ConfigReader:
 
     def finish(self, harmless: set[str]) -> None:
         """Refuse what nobody asked for."""
+        quantised = self.config.get("quantization_config")
+        if quantised is not None and "quantization_config" not in self.used:
+            method = quantised.get("quant_method", quantised) if isinstance(quantised, Mapping) else quantised
+            raise ValueError(
+                f"config.json has a quantization_config: the weights are packed by {method!r}, which our {self.model_type} does not "
+                "unpack. Take the repository of the unquantised model, or save it dequantised with transformers"
+            )
         unknown = {
             name: value
             for name, value in self.config.items()

@@ -20,7 +20,7 @@ LM_FLOORS = (
     ("layers", "rope", "cache", "moe"),
     ("base",),
     ("attention",),
-    ("flight", "adapters", "surgery", "inside", "generate", "hf", "hf_config", "gguf", "models.*"),
+    ("flight", "adapters", "surgery", "inside", "generate", "hf", "hf_config", "hf_files", "hub", "gguf", "models.*"),
     ("models",),
     ("",),  # lm/__init__.py
 )

@@ -2,18 +2,15 @@
 
 import gzip
 import json
-import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from small_hub import COMMIT, Hub, environment, serving
 
 ROOT = Path(__file__).parents[2]
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def lines_of(start: int, count: int) -> bytes:
@@ -27,65 +24,6 @@ FILES = {
     "data/training-notes.jsonl": b"not of the split\n",
     "test.jsonl": lines_of(1000, 30),
 }
-
-
-class Hub(BaseHTTPRequestHandler):
-    """The calls that a snapshot of a dataset makes."""
-
-    protocol_version = "HTTP/1.1"
-    seen: list[tuple[str, str, str | None]]
-    cut_once: set[str]
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def answer(self, body: bool) -> None:
-        path = self.path.split("?")[0]
-        self.seen.append((self.command, path, self.headers.get("Range")))
-        if path in ("/api/datasets/someone/texts/revision/main", f"/api/datasets/someone/texts/revision/{COMMIT}"):
-            self.reply({"id": "someone/texts", "sha": COMMIT, "siblings": [{"rfilename": name} for name in FILES]})
-        elif path.startswith("/api/datasets/someone/texts/tree/"):
-            self.reply([{"type": "file", "path": name, "size": len(raw), "oid": f"{i:040}"} for i, (name, raw) in enumerate(FILES.items())])
-        elif (name := path.removeprefix(f"/datasets/someone/texts/resolve/{COMMIT}/")) in FILES:
-            self.file(name, body)
-        else:
-            code = "RevisionNotFound" if path.startswith("/api/datasets/someone/texts/") else "RepoNotFound"
-            self.reply({"error": "not here"}, status=404, extra={"X-Error-Code": code})
-
-    def file(self, name: str, body: bool) -> None:
-        raw = FILES[name]
-        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(raw) - 1}/{len(raw)}")
-        for header, value in (
-            ("ETag", f'"{list(FILES).index(name):040}"'),
-            ("X-Repo-Commit", COMMIT),
-            ("Content-Length", len(raw) - start),
-        ):
-            self.send_header(header, str(value))
-        self.end_headers()
-        if body and name in self.cut_once:
-            self.cut_once.remove(name)
-            self.wfile.write(raw[: len(raw) // 2])
-            self.close_connection = True
-        elif body:
-            self.wfile.write(raw[start:])
-
-    def reply(self, content: object, status: int = 200, extra: dict[str, str] | None = None) -> None:
-        raw = json.dumps(content).encode()
-        self.send_response(status)
-        for header, value in {"Content-Type": "application/json", "Content-Length": str(len(raw)), **(extra or {})}.items():
-            self.send_header(header, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(raw)
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 OPEN_ALL = """
@@ -106,13 +44,8 @@ for spec in sys.argv[1:]:
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[type[Hub]]:
-    handler = type("OwnHub", (Hub,), {"seen": [], "cut_once": set()})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    handler.address = f"http://127.0.0.1:{server.server_port}"
-    yield handler
-    server.shutdown()
-    server.server_close()
+    with serving("datasets", "someone/texts", FILES) as handler:
+        yield handler
 
 
 @pytest.fixture(scope="module")
@@ -121,10 +54,8 @@ def home(tmp_path_factory) -> Path:
 
 
 def opened(hub: type[Hub], home: Path, *specs: str, **more: str) -> list[dict]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_") and "proxy" not in name.lower()}
-    settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     command = [sys.executable, "-c", OPEN_ALL, *specs]
-    done = subprocess.run(command, cwd=ROOT, env=kept | settings | more, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, env=environment(hub, home, **more), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 

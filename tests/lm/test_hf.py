@@ -81,30 +81,76 @@ def test_a_full_disk_is_said(model, tmp_path):
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
 @pytest.mark.parametrize(("content", "words"), [("{", "is not whole JSON .*cut short"), ("[]", "holds a list: expected a JSON object")])
 def test_json_that_is_none_is_named(name, content, words, tmp_path):
-    lm.save_pretrained(tiny("llama"), tmp_path)
+    lm.save_pretrained(tiny("llama"), tmp_path, max_shard_bytes=10_000)
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=f"{name} {words}"):
         lm.load_pretrained(tmp_path)
 
 
-def test_an_index_without_its_map_is_refused(tmp_path):
-    lm.save_pretrained(tiny("llama"), tmp_path)
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"index.json has no weight_map: expected"):
+def test_a_tied_model_may_be_kept_with_its_unembedding_if_that_is_the_embedding(model, tmp_path):
+    model = tiny(model.config.model_type, tied=True)
+    lm.save_pretrained(model, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert same(lm.load_pretrained(tmp_path), model)
+    tensors["lm_head.weight"][3, 5] += 1e-3
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"lm_head.weight is not equal to model.embed_tokens.weight, though config.json says"):
         lm.load_pretrained(tmp_path)
 
 
-def test_shards_are_read_through_their_index(model, tmp_path):
-    lm.save_pretrained(model, tmp_path)
+@pytest.mark.parametrize(("kind", "words"), [("float8_e4m3fn", "F8_E4M3"), ("int8", "I8"), ("float64", "F64")])
+def test_dtypes_we_do_not_take_are_named(kind, words, tmp_path):
+    lm.save_pretrained(tiny("llama"), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    (tmp_path / "model.safetensors").unlink()
-    names = sorted(tensors)
-    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
-    for file, keys in parts.items():
-        save_file({key: tensors[key] for key in keys}, tmp_path / file)
-    index = {"metadata": {}, "weight_map": {key: file for file, keys in parts.items() for key in keys}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(jnp.dtype(kind))
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"dtype: model.norm.weight is {words}, expected one of F32, F16, BF16"):
+        lm.load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16"])
+def test_each_dtype_of_a_file_loads_as_it_is_and_as_another(kind, tmp_path):
+    model = jax.tree.map(lambda leaf: leaf.astype(kind), tiny("llama"))
+    lm.save_pretrained(model, tmp_path)
     assert same(lm.load_pretrained(tmp_path), model)
+    assert same(lm.load_pretrained(tmp_path, dtype=jnp.bfloat16), jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model))
+
+
+def test_saving_in_another_dtype_than_weights_have_in_files_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="would be written as int8, expected one of float32, float16, bfloat16"):
+        lm.save_pretrained(tiny("llama"), tmp_path / "out", dtype=jnp.int8)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_was_loaded_may_be_donated(tmp_path):
+    """Arrays take over the memory they were read into."""
+    lm.save_pretrained(tiny("llama"), tmp_path)
+    loaded, before = lm.load_pretrained(tmp_path), tiny("llama")
+    for _ in range(3):
+        loaded = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf + 1, tree), donate_argnums=0)(loaded)
+    assert same(loaded, jax.tree.map(lambda leaf: leaf + 1 + 1 + 1, before))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.pt"])
+def test_pickles_are_refused_and_nothing_of_them_is_opened(name, tmp_path):
+    lm.save_pretrained(tiny("llama"), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / name).write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
+    with pytest.raises(ValueError, match=rf"as pickles only \({name}\). Opening a pickle runs code .*save_pretrained\(OUT\)"):
+        lm.load_pretrained(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds neither model\.safetensors nor model\.safetensors\.index\.json"):
+        lm.load_pretrained(tmp_path)
+
+
+def test_quantised_weights_are_refused_by_the_name_of_their_method(tmp_path):
+    lm.save_pretrained(tiny("llama"), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "awq", "bits": 4}}))
+    with pytest.raises(ValueError, match="packed by 'awq', which our llama does not unpack"):
+        lm.load_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,9 @@ def test_a_packed_tensor_of_another_shape_is_named(tmp_path):
     packed_folder(
         tmp_path, **{"layers.1.gate_up_numbers": np.ones((3, 7, 4), np.uint8), "layers.1.gate_up_scales": np.ones((3, 7), np.float16)}
     )
-    with pytest.raises(ValueError, match=r"gate_up_numbers, layers.1.gate_up_scales in .* make \(3, 7, 4\), expected \(3, 10, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"gate_up_numbers, layers.1.gate_up_scales make a tensor of shape \(3, 7, 4\), expected \(3, 10, 4\)"
+    ):
         load_weights(jax.eval_shape(toy), PACKED, tmp_path)
 
 

@@ -1,0 +1,98 @@
+"""A small Hub on this machine, for what `huggingface_hub` asks when it takes a snapshot of one repository."""
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The calls that a snapshot makes. `seen` holds each: method, path, range."""
+
+    protocol_version = "HTTP/1.1"
+    kind: str  # "datasets" or "models"
+    repo: str  # "owner/name"
+    files: dict[str, bytes]
+    seen: list[tuple[str, str, str | None]]
+    cut_once: set[str]  # files whose first answer breaks off in the middle
+    token: str | None  # without it the repository is gated
+    address: str
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        path = self.path.split("?")[0]
+        self.seen.append((self.command, path, self.headers.get("Range")))
+        api, here = f"/api/{self.kind}/{self.repo}", f"/{self.repo}" if self.kind == "models" else f"/{self.kind}/{self.repo}"
+        if path.startswith((f"{api}/", f"{here}/")) and self.token and self.headers.get("Authorization") != f"Bearer {self.token}":
+            self.reply({"error": "gated"}, status=403, extra={"X-Error-Code": "GatedRepo"})
+        elif path in (f"{api}/revision/main", f"{api}/revision/{COMMIT}"):
+            self.reply({"id": self.repo, "sha": COMMIT, "siblings": [{"rfilename": name} for name in self.files]})
+        elif path.startswith(f"{api}/tree/"):
+            rows = enumerate(self.files.items())
+            self.reply([{"type": "file", "path": name, "size": len(raw), "oid": f"{i:040}"} for i, (name, raw) in rows])
+        elif (name := path.removeprefix(f"{here}/resolve/{COMMIT}/")) in self.files:
+            self.file(name, body)
+        else:
+            code = "RevisionNotFound" if path.startswith(f"{api}/") else "RepoNotFound"
+            self.reply({"error": "not here"}, status=404, extra={"X-Error-Code": code})
+
+    def file(self, name: str, body: bool) -> None:
+        raw = self.files[name]
+        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(raw) - 1}/{len(raw)}")
+        for header, value in (
+            ("ETag", f'"{list(self.files).index(name):040}"'),
+            ("X-Repo-Commit", COMMIT),
+            ("Content-Length", len(raw) - start),
+        ):
+            self.send_header(header, str(value))
+        self.end_headers()
+        if body and name in self.cut_once:
+            self.cut_once.remove(name)
+            self.wfile.write(raw[: len(raw) // 2])
+            self.close_connection = True
+        elif body:
+            self.wfile.write(raw[start:])
+
+    def reply(self, content: object, status: int = 200, extra: dict[str, str] | None = None) -> None:
+        raw = json.dumps(content).encode()
+        self.send_response(status)
+        for header, value in {"Content-Type": "application/json", "Content-Length": str(len(raw)), **(extra or {})}.items():
+            self.send_header(header, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(raw)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def serving(kind: str, repo: str, files: dict[str, bytes], token: str | None = None) -> Iterator[type[Hub]]:
+    """A Hub with one repository, at `address`."""
+    own = {"kind": kind, "repo": repo, "files": files, "seen": [], "cut_once": set(), "token": token}
+    handler = type("OwnHub", (Hub,), own)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    handler.address = f"http://127.0.0.1:{server.server_port}"
+    yield handler
+    server.shutdown()
+    server.server_close()
+
+
+def environment(hub: type[Hub], home: object, **more: str) -> dict[str, str]:
+    """Of a process that knows this Hub alone, and keeps its cache in `home`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_") and "proxy" not in name.lower()}
+    settings = {"HF_ENDPOINT": hub.address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return kept | settings | more
