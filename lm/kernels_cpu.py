@@ -324,8 +324,8 @@ def _blocked_backward(
         dq = dq.at[:, :, queries].add(jnp.swapaxes(dq_columns, 1, 2).reshape(-1, group, last - lo, q.shape[-1]))
     # A sink's probability times the gradient of its score, 0 - shift: its value is 0, and so is what comes back through it.
     d_sinks = None if sinks is None else -jnp.sum(jnp.exp(sinks[..., None] - log_sums) * shift, axis=-1)
-    dk, dv = (jnp.concatenate(blocks, axis=1) for blocks in (dk, dv))
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, d_sinks
+    whole_dk, whole_dv = (jnp.concatenate(blocks, axis=1) for blocks in (dk, dv))
+    return dq.astype(q.dtype), whole_dk.astype(k.dtype), whole_dv.astype(v.dtype), None, d_sinks
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Key
 from pydantic import Field, model_validator
 
 from lm.attention import Attention
-from lm.hf import packed, part, transposed
+from lm.hf import Names, packed, part, transposed
 from lm.hf_config import ConfigReader
 from lm.models.mixtral import SHARED_NAMES, AbstractSparse, Block, SparseConfig, out_std, read_shared, write_shared
 from lm.moe import ClampedSwiGLU, Experts, MoE, Router
@@ -99,13 +99,14 @@ class GptOss(AbstractSparse):
     @staticmethod
     def block(config: GptOssConfig, layer: int, *, key: Key[Array, ""]) -> Block:
         attn_key, router_key, experts_key = jr.split(key, 3)
-        c, stds = config, {"std": config.init_std, "out_std": out_std(config)}
+        c, out = config, out_std(config)
         attn = Attention.init(
             c.d_model,
             c.n_heads,
             c.n_kv_heads,
             c.head_dim,
-            **stds,
+            std=c.init_std,
+            out_std=out,
             bias=c.attention_bias,
             sinks=True,
             window=c.window if c.sliding[layer] else None,
@@ -114,7 +115,11 @@ class GptOss(AbstractSparse):
         )
         router = Router.init(c.d_model, c.n_experts, c.top_k, normalised=True, bias=True, std=c.init_std, key=router_key)
         glu = ClampedSwiGLU(c.swiglu_alpha, c.swiglu_limit)
-        return Block.of(c, attn, MoE(router, Experts.init(c.d_model, c.d_ff, c.n_experts, **stds, glu=glu, bias=True, key=experts_key)))
+        return Block.of(
+            c,
+            attn,
+            MoE(router, Experts.init(c.d_model, c.d_ff, c.n_experts, std=c.init_std, out_std=out, glu=glu, bias=True, key=experts_key)),
+        )
 
 
 # ------------------------------------------------------------------------------------------- presets
@@ -141,7 +146,7 @@ def _matrices(key: str) -> Any:
 
 
 # role of our leaf → key in the file; {i} is the layer. Outputs of gate and up take turns.
-HF_NAMES = SHARED_NAMES | {
+HF_NAMES: Names = SHARED_NAMES | {
     "attn.q_proj.bias": "model.layers.{i}.self_attn.q_proj.bias",
     "attn.k_proj.bias": "model.layers.{i}.self_attn.k_proj.bias",
     "attn.v_proj.bias": "model.layers.{i}.self_attn.v_proj.bias",

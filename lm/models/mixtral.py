@@ -23,7 +23,7 @@ from lm import rope
 from lm.attention import Attention
 from lm.base import AbstractBlock, AbstractLM, Aux, add_aux, aligned, facts_or_default, mark
 from lm.cache import LayerCache
-from lm.hf import expert
+from lm.hf import Names, Stored, expert
 from lm.hf_config import ConfigReader, check_heads, read_rope, write_rope
 from lm.layers import Embedding, ExpertLinear, GatedMLP, Linear, RMSNorm, dropout
 from lm.masks import Facts
@@ -178,11 +178,8 @@ class Block(AbstractBlock):
         attn_key, mlp_key, probabilities_key = (None, None, None) if key is None else jr.split(key, 3)
         y, cache = self.attn(self.attn_norm(x), facts, cache, key=probabilities_key)
         x = (x + dropout(y, self.dropout, attn_key)).astype(x.dtype)  # the stream keeps its dtype whatever the weights'
-        normed, aux = self.mlp_norm(x), {}
-        if isinstance(self.mlp, MoE):
-            y, aux = self.mlp(normed, facts.segments)
-        else:
-            y = self.mlp(normed)
+        normed = self.mlp_norm(x)
+        y, aux = self.mlp(normed, facts.segments) if isinstance(self.mlp, MoE) else (self.mlp(normed), {})
         x = (x + dropout(mark(y, "mlp.out"), self.dropout, mlp_key)).astype(x.dtype)
         return mark(x, "block.out"), cache, aux
 
@@ -270,14 +267,23 @@ class Mixtral(AbstractSparse):
     @staticmethod
     def block(config: MixtralConfig, layer: int, *, key: Key[Array, ""]) -> Block:
         attn_key, router_key, experts_key = jr.split(key, 3)
-        c, stds = config, {"std": config.init_std, "out_std": out_std(config)}
-        dropout = {"dropout": c.attention_dropout}
+        c, out = config, out_std(config)
         return Block.of(
             c,
-            Attention.init(c.d_model, c.n_heads, c.n_kv_heads, c.head_dim, **stds, window=c.window, **dropout, key=attn_key),
+            Attention.init(
+                c.d_model,
+                c.n_heads,
+                c.n_kv_heads,
+                c.head_dim,
+                std=c.init_std,
+                out_std=out,
+                window=c.window,
+                dropout=c.attention_dropout,
+                key=attn_key,
+            ),
             MoE(
                 Router.init(c.d_model, c.n_experts, c.top_k, normalised=True, std=c.init_std, key=router_key),
-                Experts.init(c.d_model, c.d_ff, c.n_experts, **stds, key=experts_key),
+                Experts.init(c.d_model, c.d_ff, c.n_experts, std=c.init_std, out_std=out, key=experts_key),
             ),
         )
 
@@ -295,7 +301,7 @@ PRESETS = {
 # ------------------------------------------------------------------------------------------- HF names
 
 # role of our leaf → key in the file; {i} is the layer, {e} the expert. The first are those of all families here.
-SHARED_NAMES = {
+SHARED_NAMES: dict[str, str | Stored] = {
     "embed.weight": "model.embed_tokens.weight",
     "attn_norm.scale": "model.layers.{i}.input_layernorm.weight",
     "attn.q_proj.weight": "model.layers.{i}.self_attn.q_proj.weight",
@@ -306,7 +312,7 @@ SHARED_NAMES = {
     "norm.scale": "model.norm.weight",
     "unembed.weight": "lm_head.weight",
 }
-HF_NAMES = SHARED_NAMES | {
+HF_NAMES: Names = SHARED_NAMES | {
     "mlp.router.weight": "model.layers.{i}.block_sparse_moe.gate.weight",
     "mlp.experts.gate_proj.weight": expert("model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight"),
     "mlp.experts.up_proj.weight": expert("model.layers.{i}.block_sparse_moe.experts.{e}.w3.weight"),

@@ -16,6 +16,7 @@ from jaxtyping import Array, Key
 from pydantic import Field, model_validator
 
 from lm.attention import Attention
+from lm.hf import Names
 from lm.hf_config import ConfigReader
 from lm.models.mixtral import AbstractSparse, Block, SparseConfig, out_std, read_shared, write_shared
 from lm.models.qwen3_moe import HF_NAMES as QWEN3_MOE_NAMES
@@ -77,13 +78,14 @@ class Olmoe(AbstractSparse):
     @staticmethod
     def block(config: OlmoeConfig, layer: int, *, key: Key[Array, ""]) -> Block:
         attn_key, router_key, experts_key = jr.split(key, 3)
-        c, stds = config, {"std": config.init_std, "out_std": out_std(config)}
+        c, out = config, out_std(config)
         attn = Attention.init(
             c.d_model,
             c.n_heads,
             c.n_kv_heads,
             c.head_dim,
-            **stds,
+            std=c.init_std,
+            out_std=out,
             bias=c.attention_bias,
             qk_norm_eps=c.norm_eps,
             qk_norm_over="heads",
@@ -92,7 +94,7 @@ class Olmoe(AbstractSparse):
             key=attn_key,
         )
         router = Router.init(c.d_model, c.n_experts, c.top_k, normalised=c.normalised, std=c.init_std, key=router_key)
-        return Block.of(c, attn, MoE(router, Experts.init(c.d_model, c.d_ff, c.n_experts, **stds, key=experts_key)))
+        return Block.of(c, attn, MoE(router, Experts.init(c.d_model, c.d_ff, c.n_experts, std=c.init_std, out_std=out, key=experts_key)))
 
 
 # ------------------------------------------------------------------------------------------- presets
@@ -107,4 +109,6 @@ PRESETS = {
 
 # ------------------------------------------------------------------------------------------- HF names
 
-HF_NAMES = {role: name for role, name in QWEN3_MOE_NAMES.items() if not role.startswith(("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"))}
+HF_NAMES: Names = {
+    role: name for role, name in QWEN3_MOE_NAMES.items() if not role.startswith(("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"))
+}

@@ -15,7 +15,7 @@ from jaxtyping import Array, Key
 from pydantic import Field
 
 from lm.attention import Attention
-from lm.hf import expert
+from lm.hf import Names, expert
 from lm.hf_config import ConfigReader
 from lm.layers import GatedMLP
 from lm.models.mixtral import SHARED_NAMES, AbstractSparse, Block, SparseConfig, out_std, read_shared, write_shared
@@ -83,13 +83,14 @@ class Qwen3Moe(AbstractSparse):
     @staticmethod
     def block(config: Qwen3MoeConfig, layer: int, *, key: Key[Array, ""]) -> Block:
         attn_key, router_key, mlp_key = jr.split(key, 3)
-        c, stds = config, {"std": config.init_std, "out_std": out_std(config)}
+        c, out = config, out_std(config)
         attn = Attention.init(
             c.d_model,
             c.n_heads,
             c.n_kv_heads,
             c.head_dim,
-            **stds,
+            std=c.init_std,
+            out_std=out,
             bias=c.attention_bias,
             qk_norm_eps=c.norm_eps,
             window=c.window,
@@ -97,9 +98,9 @@ class Qwen3Moe(AbstractSparse):
             key=attn_key,
         )
         if layer in c.dense_layers or (layer + 1) % c.sparse_step:
-            return Block.of(c, attn, GatedMLP.init(c.d_model, c.d_ff_dense, **stds, key=mlp_key))
+            return Block.of(c, attn, GatedMLP.init(c.d_model, c.d_ff_dense, std=c.init_std, out_std=out, key=mlp_key))
         router = Router.init(c.d_model, c.n_experts, c.top_k, normalised=c.normalised, std=c.init_std, key=router_key)
-        return Block.of(c, attn, MoE(router, Experts.init(c.d_model, c.d_ff, c.n_experts, **stds, key=mlp_key)))
+        return Block.of(c, attn, MoE(router, Experts.init(c.d_model, c.d_ff, c.n_experts, std=c.init_std, out_std=out, key=mlp_key)))
 
 
 # ------------------------------------------------------------------------------------------- presets
@@ -115,7 +116,7 @@ PRESETS = {
 # ------------------------------------------------------------------------------------------- HF names
 
 # role of our leaf → key in the file; {i} is the layer, {e} the expert.
-HF_NAMES = SHARED_NAMES | {
+HF_NAMES: Names = SHARED_NAMES | {
     "attn.q_proj.bias": "model.layers.{i}.self_attn.q_proj.bias",
     "attn.k_proj.bias": "model.layers.{i}.self_attn.k_proj.bias",
     "attn.v_proj.bias": "model.layers.{i}.self_attn.v_proj.bias",
