@@ -90,7 +90,7 @@ def attention(
 
     `softcap` bends scores s to softcap · tanh(s / softcap) before the mask (Gemma 2, arXiv:2408.00118, section 2). `dropout` zeroes
     probabilities, after the softmax, and scales up the rest; only where there is a `key`. `sinks` gives each head one score more, of a
-    place whose value is 0: it takes probability and gives nothing (OpenAI 2025, gpt-oss model card, arXiv:2508.10925, section 2.3).
+    place whose value is 0: it takes probability and gives nothing (OpenAI 2025, gpt-oss model card, arXiv:2508.10925).
 
     With fewer `kv_heads` than `heads`, each key head serves heads / kv_heads neighbouring query heads (GQA, Ainslie et al. 2023,
     arXiv:2305.13245). The whole score matrix stands in memory: this is the reference the faster ones are tested against.

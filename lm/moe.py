@@ -35,7 +35,7 @@ def swiglu(gate: Float[Array, "*shape"], up: Float[Array, "*shape"]) -> Float[Ar
 
 @dataclass(frozen=True)
 class ClampedSwiGLU:
-    """gate · σ(α gate) · (up + 1), with gate at most `limit` and up within ± it (gpt-oss; OpenAI 2025, arXiv:2508.10925, section 2.2; the
+    """gate · σ(α gate) · (up + 1), with gate at most `limit` and up within ± it (gpt-oss; OpenAI 2025, arXiv:2508.10925; the
     numbers are those of their code)."""
 
     alpha: float = 1.702  # with it x σ(α x) is nearly GELU (arXiv:1606.08415)
@@ -143,7 +143,7 @@ def router_losses(
     """What the router is to keep small, as (sum, count) over tokens that are not padding.
 
     `BALANCE`: N Σ f P over the N experts, f the tokens sent to one over all tokens, P its mean probability (Fedus et al. 2021,
-    arXiv:2101.03961, eq. 4 to 6; with k choices a token Σ f = k, as in OLMoE, arXiv:2409.02060, eq. 3). Least, k, where both are even. No
+    arXiv:2101.03961, eq. 4 to 6; with k choices a token Σ f = k, as in OLMoE, arXiv:2409.02060). Least, k, where both are even. No
     gradient flows through f. It is a product of means over the tokens at hand: those of a micro-batch, where a batch is cut into such.
 
     `ROUTER_Z`: the square of log Σ exp(logits) (Zoph et al. 2022, arXiv:2202.08906, eq. 5).

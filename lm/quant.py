@@ -44,14 +44,13 @@ class Quantised(eqx.Module):
         return (self.values.astype(jnp.float32) * self.scales[:, None]).astype(self.dtype)
 
 
-# The sixteen E2M1 numbers by their bits: sign, two of exponent, one of mantissa (OCP Microscaling Formats Specification 1.0, 2023,
-# section 5.3.3).
+# The sixteen E2M1 numbers by their bits: sign, two of exponent, one of mantissa (OCP Microscaling Formats Specification 1.0, 2023).
 _E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
 def from_mxfp4(blocks: UInt8[np.ndarray, "*rows blocks 16"], scales: UInt8[np.ndarray, "*rows blocks"]) -> np.ndarray:
     """MXFP4 as gpt-oss files have it → bf16, `*rows 32·blocks`, exactly: 32 E2M1 numbers share one scale, a power of two (OCP Microscaling
-    Formats Specification 1.0, 2023, section 6.3). A byte holds two numbers, the first in its lower half; a scale byte b means 2^(b - 127).
+    Formats Specification 1.0, 2023). A byte holds two numbers, the first in its lower half; a scale byte b means 2^(b - 127).
 
     **Raises:** `ValueError` where a scale is 255, the specification's NaN.
     """
