@@ -53,7 +53,11 @@ def test_the_run_folder_holds_all_that_was_promised(shared):
 
 def test_the_page_on_training_tells_of_every_number_written(shared):
     folder, _, _ = shared
-    elsewhere = {name for name, when in metrics_told().items() if "continue_pretrain" in when or "after 128 finite steps" in when}
+    elsewhere = {
+        name
+        for name, when in metrics_told().items()
+        if "continue_pretrain" in when or "after 128 finite steps" in when or "experts" in when
+    }
     assert metrics_written(folder / "whole") == metrics_told().keys() - elsewhere
     assert elsewhere == {"sigmas", "old_val_loss"}
     at_each_step = {name for name, when in metrics_told().items() if when.startswith(("always", "each step"))}
