@@ -17,6 +17,7 @@ SIZES = {"vocab": 97, "d_model": 24, "n_layers": 3, "n_heads": 6, "n_kv_heads": 
 EXPERTS = {"n_experts": 5, "top_k": 2, "d_ff": 28, "router_z": 0.01}
 OWN_SIZES = {  # what a family has beside, or cannot have otherwise
     "gpt_oss": EXPERTS | {"window": 4, "sliding": (True, False, True)},
+    "gpt_neox": {"rope_fraction": 0.5},  # of heads 4 wide: a pair
     "mixtral": EXPERTS,
     "olmoe": EXPERTS | {"head_dim": 4},
     "qwen3_moe": EXPERTS | {"d_ff_dense": 40, "dense_layers": (1,)},
