@@ -46,6 +46,11 @@ class GptOssConfig(SparseConfig, frozen=True, extra="forbid"):
     def from_hf(config: dict[str, Any]) -> "GptOssConfig":
         """Read a `config.json`. Each key is used, known to be harmless, or refused by name."""
         read = ConfigReader(config, "gpt_oss")
+        if not any(config.get(name) for name in ("rope_parameters", "rope_scaling")):
+            raise ValueError(
+                "config.json of a gpt_oss has neither rope_parameters nor rope_scaling, where transformers would take YaRN by 32: "
+                "say which RoPE it is, rope_type default for the plain one"
+            )
         shared = read_shared(read, rope_base=150_000.0, norm_eps=1e-5, balance=0.001)
         kinds = {"sliding_attention": True, "full_attention": False}
         types = read.take("layer_types", [("sliding_attention", "full_attention")[i % 2] for i in range(shared["n_layers"])])
@@ -76,9 +81,12 @@ class GptOssConfig(SparseConfig, frozen=True, extra="forbid"):
 
     def to_hf(self) -> dict[str, Any]:
         """The `config.json` under which `transformers` computes the same function."""
+        # Where the file is silent about RoPE, transformers takes the YaRN of the published models: plain RoPE has to be said.
+        plain = {"rope_parameters": {"rope_type": "default", "rope_theta": self.rope_base}} if self.rope_scaling is None else {}
         return {
             "architectures": ["GptOssForCausalLM"],
             **write_shared(self),
+            **plain,
             "head_dim": self.head_dim,
             "intermediate_size": self.d_ff,
             "num_local_experts": self.n_experts,

@@ -217,3 +217,14 @@ def test_a_file_of_blocks_and_scales_is_the_model_of_their_numbers_and_is_saved_
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert again.keys() == dense.keys()
     assert all(np.array_equal(again[key], dense[key]) and again[key].dtype == jnp.bfloat16 for key in dense)
+
+
+def test_plain_rope_of_a_gpt_oss_is_said_since_silence_means_yarn():
+    config = tiny("gpt_oss").config
+    written = config.to_hf()
+    assert written["rope_parameters"] == {"rope_type": "default", "rope_theta": config.rope_base}
+    again = gpt_oss.GptOssConfig.from_hf(written)
+    assert (again.rope_scaling, again.rope_base) == (None, config.rope_base)
+    del written["rope_parameters"]
+    with pytest.raises(ValueError, match="neither rope_parameters nor rope_scaling, where transformers would take YaRN by 32"):
+        gpt_oss.GptOssConfig.from_hf(written)
