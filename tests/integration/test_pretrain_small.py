@@ -59,7 +59,7 @@ def test_the_page_on_training_tells_of_every_number_written(shared):
         if "continue_pretrain" in when or "after 128 finite steps" in when or "experts" in when
     }
     assert metrics_written(folder / "whole") == metrics_told().keys() - elsewhere
-    assert elsewhere == {"sigmas", "old_val_loss"}
+    assert elsewhere == {"sigmas", "old_val_loss", "router_balance", "router_z"}
     at_each_step = {name for name, when in metrics_told().items() if when.startswith(("always", "each step"))}
     lines = [json.loads(line) for line in (folder / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert len(at_each_step) > 10
