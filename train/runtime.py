@@ -381,15 +381,28 @@ PEAKS: tuple[tuple[str, float, str], ...] = (
 
 
 def peak_flops(device: "jax.Device") -> Peak:
-    """The most bf16 FLOP/s one device can do: published for GPUs and TPUs; of a CPU measured here, which takes up to 3 seconds."""
+    """The most bf16 FLOP/s one device can do: what `ZMAJ_PEAK_FLOPS` says; else published for GPUs and TPUs, and of a CPU measured here,
+    which takes up to 3 seconds."""
+    if said := os.environ.get("ZMAJ_PEAK_FLOPS"):
+        return Peak(_positive(said, "ZMAJ_PEAK_FLOPS"), "ZMAJ_PEAK_FLOPS")
     return measure_matmul_peak() if device.platform == "cpu" else published_peak(device.device_kind)
+
+
+def _positive(said: str, name: str) -> float:
+    try:
+        number = float(said)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise ValueError(f"{name} must be the FLOP/s of one device at best, a number above 0 as in 154.8e12, got {said!r}")
+    return number
 
 
 def published_peak(device_kind: str) -> Peak:
     for name, flops_per_s, source in PEAKS:
         if re.fullmatch(name, device_kind):
             return Peak(flops_per_s, f"{source}: dense bf16")
-    return Peak(None, f"no published peak is listed for {device_kind!r}: add it to PEAKS in train/runtime.py")
+    return Peak(None, f"no published peak is listed for {device_kind!r}: set ZMAJ_PEAK_FLOPS, or add it to PEAKS in train/runtime.py")
 
 
 def measure_matmul_peak(budget_s: float = 2.5) -> Peak:

@@ -270,6 +270,15 @@ def test_a_device_that_is_not_listed_has_no_peak(device_kind: str) -> None:
     assert device_kind in peak.source
 
 
+def test_a_peak_that_the_user_knows_is_taken_and_must_be_a_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZMAJ_PEAK_FLOPS", "65e12")
+    peak = peak_flops(SimpleNamespace(platform="gpu", device_kind="Tesla T4"))  # type: ignore[arg-type]
+    assert (peak.flops_per_s, peak.source) == (65e12, "ZMAJ_PEAK_FLOPS")
+    monkeypatch.setenv("ZMAJ_PEAK_FLOPS", "65 TFLOP/s")
+    with pytest.raises(ValueError, match=r"ZMAJ_PEAK_FLOPS must be the FLOP/s of one device at best, .* got '65 TFLOP/s'"):
+        peak_flops(jax.devices()[0])
+
+
 def test_measured_peak_is_a_speed() -> None:
     peak = measure_matmul_peak(budget_s=0.4)
     assert peak.flops_per_s is not None
