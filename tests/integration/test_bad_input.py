@@ -5,6 +5,10 @@ import json
 import pytest
 from integration.recipe_runs import SMALL, run
 
+from recipes.command_line import parse
+from recipes.pretrain_small import PRESETS, Config, main
+from recipes.running import ENDS_IN_WORDS
+
 
 def write_jsonl(path, word, documents):
     path.write_text(
@@ -34,10 +38,9 @@ def test_a_mixture_is_trained_on_and_measured_part_by_part(tmp_path, cache, pack
     assert results["mixture"][str(small)]["token_share"] == pytest.approx(0.3, abs=1 / 14)
 
 
-def test_a_bad_line_ends_the_command_in_words(tmp_path, cache):
+def test_a_bad_line_ends_the_command_in_words(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "fine"}\n' + "[" * 100_000 + "\n")
-    status, output = run([*SMALL, "--data", tmp_path / "rows.jsonl", "--run-dir", tmp_path / "run"], cache)
-    assert status == 2
-    assert "error: line 2 of '" in output
-    assert "Traceback" not in output
+    arguments = [*SMALL, "--data", str(tmp_path / "rows.jsonl"), "--run-dir", str(tmp_path / "run")]
+    with pytest.raises(ENDS_IN_WORDS, match="line 2 of '"):
+        main(parse(Config, "", recipe="pretrain_small", presets=PRESETS, argv=arguments))
     assert not (tmp_path / "run" / "config.json").exists()
