@@ -5,6 +5,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from quick_xla import FLAGS
+
 # Before JAX starts: no accelerator, so that tests mean the same everywhere.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -40,8 +42,7 @@ def start_jax(*flags: str) -> None:
             os.environ["XLA_FLAGS"] = users
 
 
-# Tests compile a hundred programs and run each once on tiny arrays: LLVM's optimizer would take longer than everything else together.
-start_jax("--xla_backend_optimization_level=0")
+start_jax(*FLAGS)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -1,10 +1,16 @@
-"""Running recipes as a user does: another process, with caches of its own and next to nothing of the tests' environment."""
+"""Running recipes as a user does: another process, with caches of its own and next to nothing of the tests' environment; or, where that is
+not what is tested, the same module in this process."""
 
+import contextlib
+import io
 import os
+import runpy
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+
+from quick_xla import FLAGS
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,18 +29,33 @@ def environment(cache: Path) -> dict[str, str]:
     cache.mkdir(parents=True, exist_ok=True)
     if not (cache / "jit").exists():
         (cache / "jit").symlink_to(os.environ["ZMAJ_TESTS_COMPILED"])
-    saving = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "ZMAJ_PEAK_FLOPS": "1e11"}
+    saving = {"XLA_FLAGS": " ".join(FLAGS), "ZMAJ_PEAK_FLOPS": "1e11"}
     return kept | {"ZMAJ_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu"} | saving
 
 
-def start(arguments: list[str], cache: Path, recipe: str = "pretrain_small") -> subprocess.Popen:
+def run_here(arguments: list[str], recipe: str = "pretrain_small") -> tuple[int, str]:
+    """Exit status and all output of `python -m recipes.<recipe>`, without the seconds that a process takes to begin."""
+    typed, sys.argv = sys.argv, [f"recipes/{recipe}.py", *map(str, arguments)]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            runpy.run_module(f"recipes.{recipe}", run_name="__main__")
+    except SystemExit as left:
+        return int(left.code or 0), said.getvalue()
+    finally:
+        sys.argv = typed
+    return 0, said.getvalue()
+
+
+def start(arguments: list[str], cache: Path, recipe: str = "pretrain_small", **more: str) -> subprocess.Popen:
+    """`more`: variables of the environment."""
     command = [sys.executable, "-m", f"recipes.{recipe}", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, env=environment(cache), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=environment(cache) | more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def run(arguments: list[str], cache: Path, recipe: str = "pretrain_small") -> tuple[int, str]:
+def run(arguments: list[str], cache: Path, recipe: str = "pretrain_small", **more: str) -> tuple[int, str]:
     """Exit status and all output."""
-    process = start(arguments, cache, recipe)
+    process = start(arguments, cache, recipe, **more)
     return finish(process)
 
 

@@ -3,11 +3,7 @@
 import json
 
 import pytest
-from integration.recipe_runs import SMALL, run
-
-from recipes.command_line import parse
-from recipes.pretrain_small import PRESETS, Config, main
-from recipes.running import ENDS_IN_WORDS
+from integration.recipe_runs import SMALL, run, run_here
 
 
 def write_jsonl(path, word, documents):
@@ -40,7 +36,8 @@ def test_a_mixture_is_trained_on_and_measured_part_by_part(tmp_path, cache, pack
 
 def test_a_bad_line_ends_the_command_in_words(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "fine"}\n' + "[" * 100_000 + "\n")
-    arguments = [*SMALL, "--data", str(tmp_path / "rows.jsonl"), "--run-dir", str(tmp_path / "run")]
-    with pytest.raises(ENDS_IN_WORDS, match="line 2 of '"):
-        main(parse(Config, "", recipe="pretrain_small", presets=PRESETS, argv=arguments))
+    status, output = run_here([*SMALL, "--data", tmp_path / "rows.jsonl", "--run-dir", tmp_path / "run"])
+    assert status == 2
+    assert "error: line 2 of '" in output
+    assert "Traceback" not in output
     assert not (tmp_path / "run" / "config.json").exists()

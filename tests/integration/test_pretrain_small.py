@@ -14,16 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from integration.recipe_runs import SMALL, corpus, finish, run, start
+from integration.recipe_runs import SMALL, corpus, finish, run, run_here, start
 from pages import metrics_told, metrics_written
 from safetensors.numpy import load_file
 
 import lm
 from data.sources import open_source
 from data.tokenizer import Tokenizer
-from recipes import sample
-from recipes.command_line import parse
-from recipes.pretrain_small import PRESETS, Config, main
 
 STEPS = 30
 
@@ -206,10 +203,6 @@ def test_the_1m_preset_on_the_default_corpus_killed_at_random_moments(tmp_path):
     assert_same_run(run_folder, tmp_path / "whole")
 
 
-def in_this_process(*argv):
-    return main(parse(Config, "", recipe="pretrain_small", presets=PRESETS, default_preset="4m", argv=list(map(str, argv))))
-
-
 def test_settings_changed_on_resume_are_kept_by_the_next_resume(shared):
     """Prolonged to far more steps, and stopped: it knows where to end from then on."""
     folder, _, _ = shared
@@ -222,8 +215,9 @@ def test_settings_changed_on_resume_are_kept_by_the_next_resume(shared):
     assert status == 128 + signal.SIGTERM, output
     assert f"5000 steps instead of {STEPS}" in output
     assert json.loads((run_folder / "config.json").read_text())["steps"] == 5000
-    with pytest.raises(ValueError, match=f"the run has done {logged(run_folder)} steps already; --steps 3 would be fewer"):
-        in_this_process("--resume", "--run-dir", run_folder, "--steps", 3)
+    status, output = run_here(["--resume", "--run-dir", run_folder, "--steps", 3])
+    assert status == 2
+    assert f"the run has done {logged(run_folder)} steps already" in output
     manifest = json.loads((run_folder / "manifest.json").read_text())
     assert (manifest["steps"], len(manifest["sessions"])) == (5000, 2)  # the refused one left nothing
 
@@ -232,22 +226,23 @@ def test_two_processes_do_not_share_a_run_folder(shared):
     folder, _, _ = shared
     with (folder / "whole" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ValueError, match="another process is at work in"):
-            in_this_process("--resume", "--run-dir", folder / "whole")
+        status, output = run_here(["--resume", "--run-dir", folder / "whole"])
+    assert status == 2
+    assert "another process is at work" in output
 
 
-def test_sample_continues_from_run_export_and_checkpoint(shared, tmp_path, capsys):
+def test_sample_continues_from_run_export_and_checkpoint(shared, tmp_path):
     folder, _, _ = shared
     (tmp_path / "unfinished").mkdir()
     for part in ("checkpoints", "tokenizer"):
         (tmp_path / "unfinished" / part).symlink_to(folder / "whole" / part)
+    arguments = ["--prompt", "import ", "--max-new-tokens", 12, "--temperature", 0]
     texts = []
     for source in (folder / "whole", folder / "whole" / "export", tmp_path / "unfinished"):
-        sample.main(sample.Config(model=source, prompt="import ", max_new_tokens=12, temperature=0))
-        told = capsys.readouterr()
-        texts.append(told.out)
-    assert f"checkpoint of step {STEPS}" in told.err
-    assert texts[0].startswith("import ")
+        status, output = run_here([source, *arguments], "sample")
+        assert status == 0, output
+        texts.append(output[output.index("import ") :].rsplit("\n[", 1)[0])
+    assert f"checkpoint of step {STEPS}" in output
     assert len(set(texts)) == 1
 
 

@@ -15,6 +15,7 @@ from train.runtime import (
     memory_in_use,
     nvidia_attached,
     peak_flops,
+    published_peak,
     tpu_attached,
 )
 
@@ -93,20 +94,22 @@ def test_a_device_that_is_not_there_is_refused_in_words(tmp_path: Path, monkeypa
     ],
 )
 def test_published_peaks(device_kind: str, tflops: float) -> None:
-    peak = peak_flops(SimpleNamespace(platform="gpu", device_kind=device_kind))  # type: ignore[arg-type]
-    assert peak.flops_per_s == pytest.approx(tflops * 1e12)
+    assert published_peak(device_kind).flops_per_s == pytest.approx(tflops * 1e12)
 
 
 @pytest.mark.parametrize("device_kind", ["NVIDIA L40", "NVIDIA GeForce RTX 4090 D", "NVIDIA H100 NVL", "Tesla T4"])
 def test_a_device_that_is_not_listed_has_no_peak(device_kind: str) -> None:
-    peak = peak_flops(SimpleNamespace(platform="gpu", device_kind=device_kind))  # type: ignore[arg-type]
+    peak = published_peak(device_kind)
     assert peak.flops_per_s is None
     assert device_kind in peak.source
 
 
 def test_a_peak_that_the_user_knows_is_taken_and_must_be_a_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    a_card = SimpleNamespace(platform="gpu", device_kind="NVIDIA L4")
+    monkeypatch.delenv("ZMAJ_PEAK_FLOPS")  # of these tests
+    assert peak_flops(a_card) == published_peak("NVIDIA L4")  # type: ignore[arg-type]
     monkeypatch.setenv("ZMAJ_PEAK_FLOPS", "65e12")
-    peak = peak_flops(SimpleNamespace(platform="gpu", device_kind="Tesla T4"))  # type: ignore[arg-type]
+    peak = peak_flops(a_card)  # type: ignore[arg-type]
     assert (peak.flops_per_s, peak.source) == (65e12, "ZMAJ_PEAK_FLOPS")
     monkeypatch.setenv("ZMAJ_PEAK_FLOPS", "65 TFLOP/s")
     with pytest.raises(ValueError, match=r"ZMAJ_PEAK_FLOPS must be the FLOP/s of one device at best, .* got '65 TFLOP/s'"):
