@@ -126,7 +126,7 @@ def run_python(*arguments: str, cwd: Path = ROOT, **environ: str) -> subprocess.
     ours = ("ZMAJ_PREPARED", "ZMAJ_NO_PREPARE", "XLA_FLAGS", "GLIBC_TUNABLES", "JAX_PLATFORMS")
     clean = {name: value for name, value in os.environ.items() if name not in ours}
     environ = {**clean, "PYTHONPATH": f"{cwd}:{ROOT}", **environ}
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environ, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environ, capture_output=True, text=True, timeout=300)
 
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="starts again on Linux only")
