@@ -52,6 +52,14 @@ from tiny import tiny  # noqa: E402
 jax.config.update("jax_enable_compilation_cache", False)
 
 
+FOLDERS = ("integration", "tests", "lm", "train", "recipes", "data")
+
+
+def pytest_collection_modifyitems(items):
+    """Whole stages first: a worker takes the next file when it is through with one, and none should begin with a long one at the end."""
+    items.sort(key=lambda item: FOLDERS.index(item.path.parent.name))
+
+
 @pytest.fixture(params=["gpt2", "llama", "qwen3"])
 def model(request):
     return tiny(request.param)

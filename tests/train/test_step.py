@@ -15,7 +15,7 @@ from train.step import init_state, make_token_nats
 # ------------------------------------------------------------------------------------------- the gradient
 
 
-@pytest.mark.parametrize("k", [2, 4])
+@pytest.mark.parametrize("k", [4, pytest.param(2, marks=pytest.mark.heavy)])
 def test_micro_batches_give_the_gradient_of_the_whole_batch(k):
     batch = packed_batch(batch=4)
     batch.loss_weights[1] = 0.0  # a row to learn nothing from, and one to learn half: a mean of means would be another number
