@@ -33,7 +33,8 @@ from lm.generate import GREEDY, decode, prefill
 from lm.models.llama import LlamaConfig
 from train.checkpoint import Checkpoints
 from train.optimizers import OptimizerConfig, build_optimizer
-from train.runtime import compilation_cache, process_settings
+from train.process import process_settings
+from train.runtime import compilation_cache
 from train.step import StepConfig, TrainState, init_state, make_step
 
 Round = Callable[[], dict[str, Any]]

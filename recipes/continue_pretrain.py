@@ -60,8 +60,9 @@ from recipes.running import (
     watched,
 )
 from train.averages import AverageConfig, average_rate
-from train.checkpoint import Checkpoints, digest
+from train.checkpoint import Checkpoints
 from train.debug import debug_nans
+from train.digests import digest
 from train.logs import RunLog, mfu, model_flops_per_token, plain_messages, read_metrics, words_kept, write_json
 from train.loop import interruptible, nats_by_document, steps
 from train.optimizers import OptimizerConfig, ScheduleConfig, build_optimizer, learning_rate

@@ -27,8 +27,9 @@ from train.checkpoint import CheckpointError, Checkpoints
 from train.debug import NonFinite
 from train.logs import write_json
 from train.loop import SpikeError
+from train.process import process_settings
 from train.profile import profiled
-from train.runtime import DeviceError, Peak, device_facts, process_settings
+from train.runtime import DeviceError, Peak, device_facts
 from train.step import TrainState
 from train.trackers import Trackers, check_trackers, open_trackers
 

@@ -153,7 +153,7 @@ def test_killed_build_leaves_nothing_that_counts_and_is_cleared_away(documents, 
 def test_two_processes_at_once_both_get_the_cache(tokenizer, tmp_path) -> None:
     both = [slow_build(tokenizer, tmp_path, wait_s=0.3) for _ in range(2)]
     for process in both:
-        said, errors = process.communicate(timeout=60)
+        said, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
         assert "TokenCache('train-" in said
     assert len(list((tmp_path / "cache").iterdir())) == 1
