@@ -1,0 +1,89 @@
+"""What an evaluation says at its end: a table on the screen and a picture. The numbers are those of `results.json`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from train.pictures import plot_scores
+
+MOST_GROUPS = 12  # on the screen; all are in results.json and in the picture
+
+
+def published_scores(given: Sequence[str], tasks: Sequence[str]) -> dict[str, float]:
+    """`TASK=PERCENT` as fractions. **Raises:** `ValueError` for a word that is not, or a task that is not asked for."""
+    found = {}
+    for spec in given:
+        name, _, percent = spec.partition("=")
+        try:
+            found[name] = float(percent) / 100
+        except ValueError:
+            raise ValueError(f"--published '{spec}' is not TASK=PERCENT, as in arc_easy=54.1") from None
+        if name not in tasks or not 0 <= found[name] <= 1:
+            raise ValueError(f"--published '{spec}': expected a percentage for one of the tasks {', '.join(tasks)}")
+    return found
+
+
+def show(results: Mapping[str, Mapping[str, Any]], published: Mapping[str, float], folder: Path) -> None:
+    """The tables, and where the rest is."""
+    console = Console()
+    table = Table(title="scores with 95 % intervals", title_justify="left")
+    for column in ("task", "metric", "score", "interval", "n", "chance", *(["published"] if published else [])):
+        table.add_column(column, justify="left" if column in ("task", "metric") else "right", no_wrap=True)
+    for name, result in results.items():
+        for place, (metric, estimate) in enumerate(result["metrics"].items()):
+            share = is_share(metric)
+            chance = f"{100 * result['chance']:.1f}" if place == 0 and result.get("chance") is not None else ""
+            known = f"{100 * published[name]:.1f}" if place == 0 and name in published else ""
+            shown = (f"{result['metric']}, {metric}" if len(result["metrics"]) > 1 else result["metric"]) if share else metric
+            shown = shown.replace("_", " ")
+            number = in_words(estimate["value"], share)
+            cells = (name if place == 0 else "", shown, number, interval_in_words(estimate, share), f"{estimate['n']:,}", chance)
+            table.add_row(*cells, *([known] if published else []))
+        table.add_section()
+    console.print(table)
+    for name, result in results.items():
+        show_groups(console, name, result.get("groups", {}))
+    lines = [f"results {folder / 'results.json'}", f"picture {folder / 'scores.png'}", f"each answer {folder}/TASK.jsonl"]
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def show_groups(console: Console, name: str, groups: Mapping[str, Mapping[str, Any]]) -> None:
+    """The groups of a task, worst first."""
+    if not groups:
+        return
+    ordered = sorted(groups.items(), key=lambda each: each[1]["value"])
+    half = MOST_GROUPS // 2
+    shown = ordered if len(ordered) <= MOST_GROUPS else [*ordered[:half], *ordered[-half:]]
+    table = Table(
+        title=f"{name}: {len(ordered)} groups, worst first" + ("" if shown == ordered else f", the {half} at each end"),
+        title_justify="left",
+    )
+    for column in ("group", "accuracy", "interval", "n"):
+        table.add_column(column, justify="left" if column == "group" else "right")
+    for place, (group, estimate) in enumerate(shown):
+        table.add_row(group, in_words(estimate["value"], True), interval_in_words(estimate, True), f"{estimate['n']:,}")
+        if shown != ordered and place == half - 1:
+            table.add_section()
+    console.print(table)
+
+
+def draw(results: Mapping[str, Mapping[str, Any]], published: Mapping[str, float], path: Path, title: str) -> None:
+    """`scores.png`: accuracies beside chance and what was published; texts in bits per byte."""
+    plot_scores(results, path, title=title, published=published)
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric is a fraction, to be shown as a percentage."""
+    return metric not in ("bits_per_byte", "perplexity")
+
+
+def in_words(value: float, share: bool) -> str:
+    return f"{100 * value:.1f}" if share else f"{value:.4f}"
+
+
+def interval_in_words(estimate: Mapping[str, Any], share: bool) -> str:
+    low, high = estimate["low"], estimate["high"]
+    return "one document" if low is None else f"{in_words(low, share)} to {in_words(high, share)}"
