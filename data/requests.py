@@ -15,16 +15,23 @@ do not see one another, by the mask rule of the house and nothing more. Where no
 their own.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from data.packing import plan_best_fit, require_positive
 
-ROUNDING = 16  # places; rows are as long as a multiple, so that few shapes are compiled
-SHORTEST_ROW = 256  # places; shorter rows would make many small ones of few tokens
+ROUNDING = 8  # places; rows are as long as a multiple
+HEAD_PLACES = (256, 384, 512, 768, 1024)  # lengths that are tried for rows of heads
+TAIL_ROW = 256  # places at least, of rows of tails without heads
+# What a plan is chosen by: places, more of them where rows are long, since attention looks along the whole row (of a model 768 wide it
+# costs as much as all else at 6 · 768 places), and something for each pass, however short.
+ATTENTION_AS_ALL_ELSE = 6 * 768
+PASS_COST = 64  # places
 
 
 class Request(NamedTuple):
@@ -90,21 +97,17 @@ class RequestPlan:
         self.requests = list(requests)
         self.groups = _groups(requests)
         self.head_lengths = np.array([len(requests[group[0]].context) - 1 for group in self.groups], np.int64)
-        longest = max((len(request.continuation) for request in requests), default=1)
-        if self.head_lengths.any():
-            self.head_places = _rounded(max(SHORTEST_ROW, int(self.head_lengths.max())))
-            # An empty head keeps a place, of padding.
-            plan = plan_best_fit(np.maximum(self.head_lengths, 1) + 1, self.head_places, np.arange(len(self.groups)))
-            rows = [plan.document[a:b].tolist() for a, b in zip(plan.row_start, plan.row_start[1:], strict=False)]
-            self.rows_a_batch = _even(len(rows), max(1, batch_tokens // self.head_places))
-            self.tail_places, self.rows = self._best_passes(rows, longest)
-        else:
-            self.head_places, self.tail_places = 0, _rounded(max(SHORTEST_ROW, longest))
-            lengths = np.array([len(request.continuation) for request in requests], np.int64)
-            plan = plan_best_fit(lengths + 1, self.tail_places, np.arange(len(lengths)))
-            alone = [plan.document[a:b].tolist() for a, b in zip(plan.row_start, plan.row_start[1:], strict=False)]
-            self.rows_a_batch = _even(len(alone), max(1, batch_tokens // self.tail_places))
-            self.rows = [_Row([], [tails]) for tails in alone]
+        longest = _rounded(max((len(request.continuation) for request in requests), default=1))
+        if not self.head_lengths.any():
+            self.head_places, self.tail_places = 0, max(TAIL_ROW, longest)
+            tails = _packed([len(request.continuation) for request in requests], self.tail_places)
+            self.rows_a_batch = _even(len(tails), batch_tokens // self.tail_places)
+            self.rows = [_Row([], [each]) for each in tails]
+            return
+        longest_head = int(self.head_lengths.max())
+        lengths = [places for places in HEAD_PLACES if places >= longest_head] or [_rounded(longest_head)]
+        plans = [plan for places in lengths for plan in self._plans(places, longest, batch_tokens)]
+        _, self.head_places, self.tail_places, self.rows_a_batch, self.rows = min(plans, key=lambda plan: plan[0])
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.rows_a_batch)
@@ -127,18 +130,20 @@ class RequestPlan:
         """What the model would read if every request were run by itself, unpadded."""
         return sum(request.tokens for request in self.requests)
 
-    def _best_passes(self, rows: list[list[int]], longest: int) -> tuple[int, list[_Row]]:
-        """The length of the tails' rows for which all passes together have the fewest places, and the passes."""
-        shortest = _rounded(longest)
-        best: tuple[int, int, list[_Row]] | None = None
-        for places in range(shortest, max(shortest, self.head_places) + 1, ROUNDING):
-            planned = [_Row(groups, self._passes(groups, places)) for groups in rows]
-            starts = range(0, len(planned), self.rows_a_batch)
-            most = sum(max(len(row.passes) for row in planned[at : at + self.rows_a_batch]) for at in starts)
-            if best is None or most * places < best[0]:
-                best = most * places, places, planned
-        assert best is not None
-        return best[1], best[2]
+    def _plans(self, head_places: int, longest: int, batch_tokens: int) -> Iterator[tuple[float, int, int, int, list[_Row]]]:
+        """For each length of the tails' rows: what it costs, both lengths, rows of a batch, and the rows. Those with as many passes stand
+        together, for a batch has as many as its row with the most."""
+        rows = _packed(np.maximum(self.head_lengths, 1), head_places)  # an empty head keeps a place, of padding
+        size = _even(len(rows), batch_tokens // head_places)
+        batches = -(-len(rows) // size)
+        places = longest
+        while places <= max(longest, head_places):
+            planned = sorted((_Row(groups, self._passes(groups, places)) for groups in rows), key=lambda row: -len(row.passes))
+            passes = sum(len(row.passes) for row in planned[::size])
+            heads = batches * size * head_places * (1 + head_places / ATTENTION_AS_ALL_ELSE)
+            tails = passes * (size * places * (1 + (head_places + places) / ATTENTION_AS_ALL_ELSE) + PASS_COST)
+            yield heads + tails, head_places, places, size, planned
+            places = _rounded(int(1.2 * places) + 1)
 
     def _passes(self, groups: list[int], places: int) -> list[list[int]]:
         """The tails of a row dealt to passes: longest first, each to the first pass that has room and no tail of its group."""
@@ -217,11 +222,18 @@ def _empty(rows: int, places: int) -> ScoredRows:
     return ScoredRows(tokens, targets, positions, segments, np.full((rows, places), -1, np.int32))
 
 
+def _packed(lengths: npt.ArrayLike, places: int) -> list[list[int]]:
+    """What stands in each row, best fit."""
+    tokens = np.asarray(lengths, np.int64)
+    plan = plan_best_fit(tokens + 1, places, np.arange(len(tokens)))  # which counts (token, target) pairs, one less than tokens
+    return [plan.document[a:b].tolist() for a, b in pairwise(plan.row_start.tolist())]
+
+
 def _rounded(n: int) -> int:
     return -(-n // ROUNDING) * ROUNDING
 
 
 def _even(rows: int, most: int) -> int:
     """Rows of a batch, so that as many batches of at most `most` are as equal as they can be."""
-    batches = max(1, -(-rows // most))
+    batches = max(1, -(-rows // max(1, most)))
     return max(1, -(-rows // batches))

@@ -36,7 +36,7 @@ from lm.base import leaves_by_path, role
 from lm.flight import Flight
 from recipes.command_line import RecipeConfig, claimed, fail, parse, resumable
 from recipes.evaluate_open import check_specs, open_task
-from recipes.evaluate_report import draw, published_scores, show
+from recipes.evaluate_report import published_scores, show, with_published
 from recipes.evaluate_tasks import Exam, Key, Task
 from recipes.evaluate_words import Words
 from recipes.loading import load
@@ -45,6 +45,7 @@ from train.backends import choose_backend, choose_dtype
 from train.checkpoint import digest
 from train.evaluate import Scorer
 from train.logs import plain_messages, progress, words_kept, write_json
+from train.pictures import plot_scores
 from train.runtime import choose_device, compilation_cache, device_facts, process_settings
 from train.step import make_token_nats
 
@@ -78,7 +79,7 @@ class Config(RecipeConfig):
     stop: tuple[str, ...] | None = Field(
         None, description="strings at which it ends; None: a blank line and 'Question:', none in a conversation"
     )
-    published: tuple[str, ...] = Field((), description="TASK=PERCENT, shown beside ours")
+    published: tuple[str, ...] = Field((), description="TASK=PERCENT or TASK/METRIC=PERCENT, shown beside ours")
     batch_tokens: int = Field(4096, ge=1, description="tokens computed at a time, about")
     rows: int = Field(16, ge=1, description="answers written at a time")
     run_dir: Path | None = resumable(None, description="folder of the run; None: runs/evaluate-DATE-TIME")
@@ -162,11 +163,12 @@ def run(config: Config, folder: Path) -> None:
     }
     write_json(folder / "manifest.json", manifest)
     write_json(folder / "results.json", results)
-    draw(results, published, folder / "scores.png", f"{Path(config.model).name}")
+    shown = with_published(results, published)
+    plot_scores(shown, folder / "scores.png", title=Path(config.model).name)
     for name, spent in speed.items():
         if spent["tokens"]:
             logger.info(f"{name}: {in_words(spent)}")
-    show(results, published, folder)
+    show(shown, folder)
 
 
 # ------------------------------------------------------------------------------------------- answers

@@ -7,28 +7,50 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from train.pictures import plot_scores
-
 MOST_GROUPS = 12  # on the screen; all are in results.json and in the picture
 
 
-def published_scores(given: Sequence[str], tasks: Sequence[str]) -> dict[str, float]:
-    """`TASK=PERCENT` as fractions. **Raises:** `ValueError` for a word that is not, or a task that is not asked for."""
-    found = {}
+Published = Mapping[str, Mapping[str, float]]  # task → metric → fraction; "" is the headline
+
+
+def published_scores(given: Sequence[str], tasks: Sequence[str]) -> dict[str, dict[str, float]]:
+    """`TASK=PERCENT`, or `TASK/METRIC=PERCENT`, as fractions. **Raises:** `ValueError` for a word that is not, or a task not asked for."""
+    found: dict[str, dict[str, float]] = {}
     for spec in given:
         name, _, percent = spec.partition("=")
+        task, _, metric = name.partition("/")
         try:
-            found[name] = float(percent) / 100
+            share = float(percent) / 100
         except ValueError:
-            raise ValueError(f"--published '{spec}' is not TASK=PERCENT, as in arc_easy=54.1") from None
-        if name not in tasks or not 0 <= found[name] <= 1:
+            raise ValueError(f"--published '{spec}' is not TASK=PERCENT or TASK/METRIC=PERCENT, as in arc_easy/raw=54.1") from None
+        if task not in tasks or not 0 <= share <= 1:
             raise ValueError(f"--published '{spec}': expected a percentage for one of the tasks {', '.join(tasks)}")
+        found.setdefault(task, {})[metric] = share
     return found
 
 
-def show(results: Mapping[str, Mapping[str, Any]], published: Mapping[str, float], folder: Path) -> None:
+def with_published(results: Mapping[str, Mapping[str, Any]], published: Published) -> dict[str, dict[str, Any]]:
+    """The results, each metric with the figure that others published for it.
+
+    **Raises:** `ValueError` for a metric that a task has not.
+    """
+    marked = {}
+    for name, result in results.items():
+        headline = next(iter(result["metrics"]))
+        known = {metric or headline: share for metric, share in published.get(name, {}).items()}
+        if strange := sorted(known.keys() - result["metrics"].keys()):
+            raise ValueError(f"--published names {', '.join(strange)} of {name}, whose metrics are {', '.join(result['metrics'])}")
+        metrics = {
+            metric: estimate | ({"published": known[metric]} if metric in known else {}) for metric, estimate in result["metrics"].items()
+        }
+        marked[name] = {**result, "metrics": metrics}
+    return marked
+
+
+def show(results: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
     """The tables, and where the rest is."""
     console = Console()
+    published = any("published" in estimate for result in results.values() for estimate in result["metrics"].values())
     table = Table(title="scores with 95 % intervals", title_justify="left")
     for column in ("task", "metric", "score", "interval", "n", "chance", *(["published"] if published else [])):
         table.add_column(column, justify="left" if column in ("task", "metric") else "right", no_wrap=True)
@@ -36,7 +58,7 @@ def show(results: Mapping[str, Mapping[str, Any]], published: Mapping[str, float
         for place, (metric, estimate) in enumerate(result["metrics"].items()):
             share = is_share(metric)
             chance = f"{100 * result['chance']:.1f}" if place == 0 and result.get("chance") is not None else ""
-            known = f"{100 * published[name]:.1f}" if place == 0 and name in published else ""
+            known = f"{100 * estimate['published']:.1f}" if "published" in estimate else ""
             shown = (f"{result['metric']}, {metric}" if len(result["metrics"]) > 1 else result["metric"]) if share else metric
             shown = shown.replace("_", " ")
             number = in_words(estimate["value"], share)
@@ -68,11 +90,6 @@ def show_groups(console: Console, name: str, groups: Mapping[str, Mapping[str, A
         if shown != ordered and place == half - 1:
             table.add_section()
     console.print(table)
-
-
-def draw(results: Mapping[str, Mapping[str, Any]], published: Mapping[str, float], path: Path, title: str) -> None:
-    """`scores.png`: accuracies beside chance and what was published; texts in bits per byte."""
-    plot_scores(results, path, title=title, published=published)
 
 
 def is_share(metric: str) -> bool:
