@@ -1,4 +1,4 @@
-"""Prompts continued together, greedily, each up to its stop string."""
+"""Prompts continued together, each up to its stop string."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,10 +7,11 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jaxtyping import Array, Key
 
 from data.tokenizer import Tokenizer
 from lm.base import AbstractLM
-from lm.generate import GREEDY, PROMPT_ROUNDING, SLOT_ROUNDING, decode, prefill
+from lm.generate import GREEDY, PROMPT_ROUNDING, SLOT_ROUNDING, Sampler, decode, prefill
 from lm.kernels import Ops
 from recipes.stop_strings import before_stop
 
@@ -33,9 +34,11 @@ def complete(
     max_new_tokens: int,
     stops: Sequence[str] = (),
     stop_ids: Sequence[int] | None = None,
+    sampler: Sampler = GREEDY,
+    key: Key[Array, ""] | None = None,
     ops: Ops,
 ) -> list[Written]:
-    """Greedy continuations of prompts, decoded as one batch; it ends when every row has.
+    """Continuations of prompts, decoded as one batch, greedily unless a `sampler` and its `key` are given. It ends when every row has.
 
     **Arguments:**
 
@@ -55,14 +58,17 @@ def complete(
         row[width - len(prompt) :] = prompt
     slots = -(-(width + max_new_tokens) // SLOT_ROUNDING) * SLOT_ROUNDING
     lengths = jnp.asarray([len(prompt) for prompt in prompts])
+    penalised = sampler.repetition_penalty != 1
     dtype = model.blocks[0].attn.k_proj.weight.dtype
-    state = prefill(model, jnp.asarray(tokens), lengths, slots, jr.split(jr.key(0), len(prompts)), dtype, False, ops)
+    state = prefill(
+        model, jnp.asarray(tokens), lengths, slots, jr.split(jr.key(0) if key is None else key, len(prompts)), dtype, penalised, ops
+    )
 
     drawn: list[list[int]] = [[] for _ in prompts]
     found: list[Written | None] = [None for _ in prompts]
     left = max_new_tokens
     while left > 0 and None in found:
-        state, out = decode(model, state, jnp.asarray(list(stop_ids), jnp.int32).reshape(-1), GREEDY, min(PIECE, left), ops)
+        state, out = decode(model, state, jnp.asarray(list(stop_ids), jnp.int32).reshape(-1), sampler, min(PIECE, left), ops)
         left -= PIECE
         ended = np.asarray(state.done)
         for i, row in enumerate(np.asarray(out)):

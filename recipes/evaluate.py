@@ -32,16 +32,14 @@ from loguru import logger
 from pydantic import Field, field_validator
 
 import lm
-from lm.base import leaves_by_path, role
-from lm.flight import Flight
 from recipes.command_line import RecipeConfig, claimed, fail, parse, resumable
+from recipes.evaluate_model import run_with
 from recipes.evaluate_open import check_specs, open_task
 from recipes.evaluate_report import published_scores, show, with_published
 from recipes.evaluate_tasks import Exam, Key, Task
 from recipes.evaluate_words import Words
 from recipes.loading import load
 from recipes.running import ENDS_IN_WORDS, commit, save_config
-from train.backends import choose_backend, choose_dtype
 from train.checkpoint import digest
 from train.evaluate import Scorer
 from train.logs import plain_messages, progress, words_kept, write_json
@@ -120,15 +118,14 @@ def run(config: Config, folder: Path) -> None:
     compilation_cache()
     model, tokenizer, origin = load(config.model)
     facts = device_facts(device)
-    dtype = choose_dtype(facts) if config.dtype == "auto" else config.dtype
-    ops, flight = lm.BACKENDS[kernels(model, facts, dtype, config.backend)], Flight(dtype=dtype)
+    ops, flight = run_with(model, facts, config.dtype, config.backend)
     logger.info(f"{origin}: {model.config.model_type}, {model.n_params:,} parameters, context {model.config.context}")
-    logger.info(f"on {device.device_kind}: kernels {ops.name}, {dtype}")
+    logger.info(f"on {device.device_kind}: kernels {ops.name}, {flight.dtype}")
     words = Words(tokenizer, config.opening, config.chat_template, config.system)
     logger.info(
         "texts begin with {texts_begin_with}, those of an empty context with {empty_contexts_begin_with}".format(**words.described())
     )
-    exam = Exam(model, tokenizer, words, Scorer(model, flight, ops), make_token_nats(flight, ops), dtype, config)
+    exam = Exam(model, tokenizer, words, Scorer(model, flight, ops), make_token_nats(flight, ops), flight.dtype, config)
 
     # The tasks. From here on there is a run to resume.
     tasks = [open_task(spec, exam) for spec in config.tasks]
@@ -210,14 +207,6 @@ def read_answers(file: Path) -> dict[Key, dict[str, Any]]:
 
 
 # ------------------------------------------------------------------------------------------- what it is run with
-
-
-def kernels(model: Any, facts: dict[str, Any], dtype: str, asked: str) -> str:
-    """The backend, by the rule of `train.backends`."""
-    config = model.config
-    sinks = any(role(path) == "attn.sinks" for path in leaves_by_path(model))
-    softcap = getattr(config, "attention_softcap", None)
-    return choose_backend(facts, dtype=dtype, head_dim=config.head_dim, seq=256, softcap=softcap, sinks=sinks, asked=asked)
 
 
 def check_start(config: Config, folder: Path) -> None:
