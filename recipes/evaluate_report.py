@@ -49,9 +49,9 @@ def with_published(results: Mapping[str, Mapping[str, Any]], published: Publishe
 
 def show(results: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
     """The tables, and where the rest is."""
-    console = Console()
+    console = wide_console()
     published = any("published" in estimate for result in results.values() for estimate in result["metrics"].values())
-    table = Table(title="scores with 95 % intervals", title_justify="left")
+    table = Table(title="scores (shares in %) with 95 % intervals", title_justify="left")
     for column in ("task", "metric", "score", "interval", "n", "chance", *(["published"] if published else [])):
         table.add_column(column, justify="left" if column in ("task", "metric") else "right", no_wrap=True)
     for name, result in results.items():
@@ -59,10 +59,9 @@ def show(results: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
             share = is_share(metric)
             chance = f"{100 * result['chance']:.1f}" if place == 0 and result.get("chance") is not None else ""
             known = f"{100 * estimate['published']:.1f}" if "published" in estimate else ""
-            shown = (f"{result['metric']}, {metric}" if len(result["metrics"]) > 1 else result["metric"]) if share else metric
-            shown = shown.replace("_", " ")
-            number = in_words(estimate["value"], share)
-            cells = (name if place == 0 else "", shown, number, interval_in_words(estimate, share), f"{estimate['n']:,}", chance)
+            shown = (metric if len(result["metrics"]) > 1 or not share else result["metric"]).replace("_", " ")
+            number = in_words(estimate["value"], metric)
+            cells = (name if place == 0 else "", shown, number, interval_in_words(estimate, metric), f"{estimate['n']:,}", chance)
             table.add_row(*cells, *([known] if published else []))
         table.add_section()
     console.print(table)
@@ -86,7 +85,7 @@ def show_groups(console: Console, name: str, groups: Mapping[str, Mapping[str, A
     for column in ("group", "accuracy", "interval", "n"):
         table.add_column(column, justify="left" if column == "group" else "right")
     for place, (group, estimate) in enumerate(shown):
-        table.add_row(group, in_words(estimate["value"], True), interval_in_words(estimate, True), f"{estimate['n']:,}")
+        table.add_row(group, in_words(estimate["value"], ""), interval_in_words(estimate, ""), f"{estimate['n']:,}")
         if shown != ordered and place == half - 1:
             table.add_section()
     console.print(table)
@@ -97,10 +96,17 @@ def is_share(metric: str) -> bool:
     return metric not in ("bits_per_byte", "perplexity")
 
 
-def in_words(value: float, share: bool) -> str:
-    return f"{100 * value:.1f}" if share else f"{value:.4f}"
+def in_words(value: float, metric: str) -> str:
+    """A share in percent."""
+    return f"{100 * value:.1f}" if is_share(metric) else f"{value:.4f}" if metric == "bits_per_byte" else f"{value:,.2f}"
 
 
-def interval_in_words(estimate: Mapping[str, Any], share: bool) -> str:
+def interval_in_words(estimate: Mapping[str, Any], metric: str) -> str:
     low, high = estimate["low"], estimate["high"]
-    return "one document" if low is None else f"{in_words(low, share)} to {in_words(high, share)}"
+    return "one document" if low is None else f"{in_words(low, metric)} to {in_words(high, metric)}"
+
+
+def wide_console() -> Console:
+    """A terminal as it is; into a file or a pipe, wide enough for the tables."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
