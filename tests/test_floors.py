@@ -31,7 +31,11 @@ MAY_NOT_IMPORT = {
     "train": ("recipes",),
     "recipes": (),
 }
-TRAIN_MAY_TAKE = ("data.pipeline.Batch",)  # and other types, as they come: no function of data belongs here
+TRAIN_MAY_TAKE = (
+    "data.pipeline.Batch",
+    "data.requests.RequestBatch",
+    "data.requests.ScoredRows",
+)  # and other types, as they come: no function of data belongs here
 
 
 def module_name(path: str) -> str:

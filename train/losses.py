@@ -2,7 +2,7 @@
 
 Logits of all tokens at once, `[batch, seq, vocab]`, would be the largest array of the run. They are made here for `chunk` tokens at a time
 and thrown away: `next_token` takes the gradient with respect to them while they are there, `token_log_probs` makes them again in its
-backward pass.
+backward pass. `token_scores` is for evaluation alone.
 """
 
 from functools import partial
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from lm.kernels import Ops, soft_cap
 
@@ -75,6 +75,28 @@ def token_log_probs(
 
     log_probs = jax.lax.map(lambda pair: of_chunk(*pair), (flat_hidden, flat_targets))
     return log_probs.reshape(-1)[: targets.size].reshape(targets.shape)
+
+
+def token_scores(
+    hidden: Float[Array, "*batch seq d_model"],
+    unembedding: Float[Array, "vocab d_model"],
+    targets: Int[Array, "*batch seq"],
+    *,
+    ops: Ops,
+    dtype: Any = jnp.float32,
+    softcap: float | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Float[Array, "*batch seq"], Bool[Array, "*batch seq"]]:
+    """log p(target) of every token, as `token_log_probs`, and whether the target is the likeliest token. Nothing to differentiate."""
+    flat_hidden, flat_targets, _ = _flat(hidden, targets, jnp.ones(targets.shape), chunk)
+    weight = unembedding.astype(dtype)
+
+    def of_chunk(h: Array, target: Array) -> tuple[Array, Array]:
+        logits = _capped(ops.linear(h.astype(dtype), weight, jnp.float32), softcap)
+        return _target_logit(logits, target) - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == target
+
+    log_probs, likeliest = jax.lax.map(lambda pair: of_chunk(*pair), (flat_hidden, flat_targets))
+    return tuple(x.reshape(-1)[: targets.size].reshape(targets.shape) for x in (log_probs, likeliest))
 
 
 def _flat(hidden: Array, targets: Array, weights: Array, chunk: int) -> tuple[Array, Array, Array]:
