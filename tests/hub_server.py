@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import yaml
 
@@ -122,7 +122,7 @@ class Handler(BaseHTTPRequestHandler):
         self.state.seen.append((self.command, path))
         fault = self.state.fault(self.command, path)
         if fault is not None and fault.status is None:
-            self.rfile.read(100)  # some of it, and then no more
+            self.rfile.read(int(self.headers.get("Content-Length") or 0) // 2)  # half of it, and then no more
             self.close_connection = True
             self.connection.close()
             return
@@ -380,6 +380,7 @@ def serving(folder: Path, tokens: dict[str, tuple[str, bool]], *, seconds: float
     folder.mkdir(parents=True, exist_ok=True)
     state = State(folder, tokens)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("OwnHandler", (Handler,), {"state": state}))
+    server.handle_error = lambda *_: None  # a client that is gone
     state.address = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     end = threading.Timer(seconds, server.shutdown)

@@ -50,7 +50,7 @@ class Card:
 
 def render(card: Card) -> str:
     """The text of `README.md`."""
-    sections = (_head, _use, _evaluation, _sameness, _made, _pictures, _licence)
+    sections = (_head, _use, _evaluation, _sameness, _pictures, _made, _licence)
     lines = ["---", _front_matter(card), "---", ""]
     for section in sections:
         lines += section(card)
@@ -129,7 +129,7 @@ def _head(card: Card) -> list[str]:
     model, last = card.model, card.stages[-1]
     made = {stage["stage"]: None for stage in card.stages if stage["stage"] != GIVEN}
     origin = card.stages[0]
-    words = [f"A {model['model_type']} language model of {_count(model['parameters'])} parameters"]
+    words = [f"A language model of {_count(model['parameters'])} parameters in the drawing of {model['model_type']}"]
     if origin["stage"] == GIVEN:
         words.append(f"made from {card.base_model or origin['source']}, whose making is not recorded here")
     if made:
@@ -220,7 +220,9 @@ def _made(card: Card) -> list[str]:
 
 
 def _pictures(card: Card) -> list[str]:
-    return [line for file, words in card.pictures.items() for line in (f"![{words}]({file})", "")]
+    if not card.pictures:
+        return []
+    return ["## Curves", "", *(line for file, words in card.pictures.items() for line in (f"![{words}]({file})", ""))]
 
 
 def _licence(card: Card) -> list[str]:

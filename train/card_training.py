@@ -41,7 +41,7 @@ def data_section(stage: Stage) -> list[str]:
         "left out or changed": ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in kept.items() if n and what.startswith(left_out)),
         "replayed": None if not stage.get("replay") else _corpus_words({"corpus": stage["replay"]}),
         "packing": _packing_words(stage.get("packing", {})),
-        "tokenizer": "".join(f"{name} `{value}` " for name, value in stage.get("tokenizer", {}).items()).strip(),
+        "tokenizer": _tokenizer_words(stage.get("tokenizer", {})),
         "sha256 of the text": f"`{corpus['sha256']}`" if "sha256" in corpus else None,
     }
     lines += [*table(("", ""), rows.items()), ""]
@@ -82,6 +82,12 @@ def _corpus_words(stage: Mapping[str, Any]) -> str:
 def _amount(corpus: Mapping[str, Any], part: str) -> str | None:
     documents, size = corpus.get(f"{part}_documents"), corpus.get(f"{part}_bytes")
     return None if documents is None or size is None else f"{documents:,} documents, {size:,} bytes"
+
+
+def _tokenizer_words(tokenizer: Mapping[str, Any]) -> str:
+    words = [f"{tokenizer['vocab']:,} tokens"] if "vocab" in tokenizer else []
+    words += [f"{tokenizer['bytes_per_token_held_out']:.2f} bytes a token on held-out text"] if "bytes_per_token_held_out" in tokenizer else []
+    return ", ".join([*words, *([f"digest `{tokenizer['digest']}`"] if "digest" in tokenizer else [])])
 
 
 def _packing_words(packing: Mapping[str, Any]) -> str:

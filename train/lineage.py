@@ -2,8 +2,8 @@
 
 A stage is one run: the recipe, what it began with, its data, settings, machine, hours and figures, taken from the run's `manifest.json` and
 `results.json`. `lineage.json` beside the weights of an export is the list of them. Whoever goes on with a model takes that list along
-(`continued_from`, for the key of that name in the new run's manifest) and the export of the new run appends its own stage (`lineage`). A model that came without
-the file begins its lineage with a stage named `given`, of which no more is known than a name and the digest of the weights.
+(`continued_from`, for the key of that name in the new run's manifest) and the export of the new run appends its own stage (`lineage`). A
+model that came without the file begins its lineage with a stage named `given`: no more is known of it than a name and a digest.
 
 Nothing in it says where on a machine anything lay: `public` shortens paths to names.
 """

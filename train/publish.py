@@ -50,7 +50,8 @@ def export(
 
     **Arguments:**
 
-    - `manifest`: what the run was made of. Under `continued_from` it keeps `train.lineage.continued_from` of the model it began with, if any.
+    - `manifest`: what the run was made of. Under `continued_from` it has what `train.lineage.continued_from` says of the model it began
+      with, if there was one.
     - `results`: what it measured. `bits_per_byte` and `held_out_bytes` make the card's table; other figures stand in the lineage.
     """
     stages = lineage(manifest, results)
