@@ -6,6 +6,7 @@ a push that was cut off goes on without an hour of work.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,12 @@ from recipes.loading import is_run
 from recipes.report import nats_of
 from recipes.running import RunConfig, choose_flight
 from train.card import NOT_COMPARED
+from train.intervals import bootstrap_ratio
 from train.lineage import record_of
-from train.loop import bits_per_byte, bits_per_byte_error
 from train.parity import can_compare, compare, in_words, our_logits, tokens_of, transformers_logits
 from train.publish import EVIDENCE_FILE, digests, in_dtype
 from train.runtime import choose_device, device_facts
 from train.step import make_token_nats
-
-INTERVAL = 1.96  # standard errors on either side, for 95 %
 
 
 def prove(
@@ -114,13 +113,11 @@ def held_out_bits(model: AbstractLM, tokenizer: Tokenizer, text: Source) -> dict
     held_out = encode(text.held_out, tokenizer, text, "held_out")
     logger.info(f"measuring {len(held_out)} held-out documents with {ops.name}, {flight.dtype}")
     nats, _ = nats_of(make_token_nats(flight, ops), in_dtype(model, "float32"), held_out, batch=16, seq=seq)
-    by_document = [nats.get(i, 0.0) for i in range(len(held_out))]
+    bits = [nats.get(i, 0.0) / math.log(2) for i in range(len(held_out))]
     sizes = [int(size) for size in held_out.text_bytes]
-    value, error = bits_per_byte(sum(by_document), sum(sizes)), bits_per_byte_error(by_document, sizes)
-    interval = {} if error is None else {"low": value - INTERVAL * error, "high": value + INTERVAL * error}
-    how = {"n": len(sizes), "of": "documents", "bytes": sum(sizes), "context": seq, "kernels": ops.name, "products": flight.dtype}
-    logger.info(f"held-out text: {value:.4f} bits per byte" + ("" if error is None else f" ± {INTERVAL * error:.4f} (95 %)"))
-    return {"held-out text": {"metric": "bits_per_byte", "value": value, **interval, **how}}
+    found = bootstrap_ratio(bits, sizes, seed=0)
+    how = {"of": "documents", "bytes": sum(sizes), "window": seq, "stride": seq // 2, "kernels": ops.name, "products": flight.dtype}
+    return {"held-out text": {"metric": "bits per byte", **found.record(), **how}}
 
 
 def _known(folder: Path, written: dict[str, str], asked: dict[str, Any]) -> dict[str, Any] | None:

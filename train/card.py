@@ -8,7 +8,8 @@ Evaluations, here and in the files that `recipes.publish --eval` takes, are a di
     {"arc_easy": {"metric": "accuracy", "value": 0.412, "low": 0.392, "high": 0.432, "n": 2376, "of": "questions", "shots": 0}}
 
 `metric` and `value` are needed. `low` and `high` bound the 95 % interval, `n` counts what was averaged and `of` names it. All other entries
-that are numbers, words or truth values say how it was done, and stand in the table's last column.
+that are numbers, words or truth values say how it was done, and stand in the table's last column; what is nested is not shown. An accuracy
+is a fraction, and shown in percent.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,7 +44,8 @@ class Card:
     base_model: str | None = None  # owner/name it was made from
     languages: Sequence[str] = ()
     pictures: Mapping[str, str] = field(default_factory=dict)  # file → words below it
-    bos_id: int | None = None  # which the tokenizer does not add by itself
+    opening: str | None = None  # how texts begin
+    needs_bos: bool = False  # whether the one who writes a prompt has to put that token there
     chat: bool = False  # whether the tokenizer has a chat template
     note: str | None = None  # a warning at the top: training that has not ended
 
@@ -149,12 +151,11 @@ def _head(card: Card) -> list[str]:
 
 def _use(card: Card) -> list[str]:
     place = card.repository or "this folder"
-    bos = [] if card.bos_id is None else [f"A document begins with token {card.bos_id}, which the tokenizer does not add by itself.", ""]
     if card.chat:
         prompt = ['messages = [{"role": "user", "content": "Hello!"}]']
         prompt += ['ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)']
     else:
-        start = "" if card.bos_id is None else "tokenizer.bos_token + "
+        start = "tokenizer.bos_token + " if card.needs_bos else ""
         prompt = [f'ids = tokenizer({start}"Once", return_tensors="pt", add_special_tokens=False)']
     return [
         "## Use",
@@ -176,7 +177,7 @@ def _use(card: Card) -> list[str]:
         f'model = lm.load_pretrained("{place}")',
         "```",
         "",
-        *bos,
+        *([] if card.opening is None else [card.opening, ""]),
     ]
 
 
@@ -187,14 +188,14 @@ def _evaluation(card: Card) -> list[str]:
     rows = []
     for task, result in card.evaluations.items():
         low, high, n = (result.get(name) for name in ("low", "high", "n"))
-        interval = "not known" if low is None or high is None else f"{low:.4f} to {high:.4f}"
+        interval = "not known" if low is None or high is None else f"{_score(low, result)} to {_score(high, result)}"
         counted = "not known" if n is None else f"{n:,} {result.get('of', '')}".strip()
         how = ", ".join(
             f"{name.replace('_', ' ')} {_value(value)}"
             for name, value in result.items()
             if name not in _SHOWN and isinstance(value, str | int | float)
         )
-        rows.append((task, result["metric"].replace("_", " "), f"{result['value']:.4f}", interval, counted, how))
+        rows.append((task, result["metric"].replace("_", " "), _score(result["value"], result), interval, counted, how))
     lines += [*table(("task", "metric", "value", "95 % interval", "n", "how"), rows), ""]
     found = card.stages[-1].get("results", {})
     coders = [(coder, f"{found[key]:.4f}") for key, coder in YARDSTICKS.items() if key in found]
@@ -235,6 +236,12 @@ def _licence(card: Card) -> list[str]:
 
 def _count(parameters: int) -> str:
     return next(f"{parameters / size:.3g}{unit}" for size, unit in ((1e9, "B"), (1e6, "M"), (1, "")) if parameters >= size)
+
+
+def _score(value: float, result: Mapping[str, Any]) -> str:
+    """Shares of items that were right in percent, all else as it is."""
+    share = result["metric"].startswith(("accuracy", "exact match", "exact_match")) and 0 <= result["value"] <= 1
+    return f"{100 * value:.1f} %" if share else f"{value:.4f}"
 
 
 def _value(value: Any) -> str:

@@ -86,7 +86,9 @@ def _amount(corpus: Mapping[str, Any], part: str) -> str | None:
 
 def _tokenizer_words(tokenizer: Mapping[str, Any]) -> str:
     words = [f"{tokenizer['vocab']:,} tokens"] if "vocab" in tokenizer else []
-    words += [f"{tokenizer['bytes_per_token_held_out']:.2f} bytes a token on held-out text"] if "bytes_per_token_held_out" in tokenizer else []
+    words += (
+        [f"{tokenizer['bytes_per_token_held_out']:.2f} bytes a token on held-out text"] if "bytes_per_token_held_out" in tokenizer else []
+    )
     return ", ".join([*words, *([f"digest `{tokenizer['digest']}`"] if "digest" in tokenizer else [])])
 
 

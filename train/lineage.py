@@ -121,8 +121,7 @@ def name_of(source: str | Path) -> str:
 
 
 def public(value: Any) -> Any:
-    """The same with every path in it shortened to its last part, in keys too. `hf://…`, and `owner/name` where nothing here is called so,
-    stay."""
+    """The same with every path in it shortened to its last part, in keys too."""
     if isinstance(value, str):
         return _PATH.sub(lambda found: _shortened(found[0]), value)
     if isinstance(value, Mapping):
@@ -136,7 +135,9 @@ def public(value: Any) -> Any:
 
 
 def _shortened(text: str) -> str:
-    if "://" in text or (REPOSITORY.fullmatch(text) and not Path(text).exists()):
+    """The name of a place on this machine; all else that has a slash in it (`hf://…`, `owner/name`, `</s>`) as it is."""
+    names_a_place = text.startswith(("~", "./", "../")) or (text.startswith("/") and text.strip("/").count("/") > 0)
+    if "://" in text or not (names_a_place or Path(text).exists()):
         return text
     return Path(os.path.normpath(os.path.expanduser(text))).name
 

@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -147,19 +147,6 @@ def _sums(indices: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def bits_per_byte(nats: float, text_bytes: int) -> float:
     """Nats / ln 2 / UTF-8 bytes: what a coder driven by the model would need, comparable across tokenizers and with `xz`."""
     return nats / math.log(2) / text_bytes
-
-
-def bits_per_byte_error(nats: Sequence[float], text_bytes: Sequence[int]) -> float | None:
-    """The standard error of `bits_per_byte` over documents, which are what is independent, not tokens; `None` for a single one.
-
-    It is that of a ratio of two means, to first order (Cochran 1977, Sampling Techniques, eq. 6.13).
-    """
-    n, sizes = len(nats), np.asarray(text_bytes, np.float64)
-    if n < 2:
-        return None
-    bits = np.asarray(nats) / math.log(2)
-    off = bits - bits.sum() / sizes.sum() * sizes
-    return float(np.sqrt(n / (n - 1) * np.sum(off**2)) / sizes.sum())
 
 
 class Interrupt:

@@ -18,7 +18,6 @@ import jax
 
 from lm.base import AbstractLM
 from lm.models import save_pretrained
-from train.card import YARDSTICKS as YARDSTICKS
 from train.card import Card, render
 from train.lineage import LINEAGE_FILE, lineage
 from train.logs import write_json
@@ -65,8 +64,8 @@ def run_evaluations(manifest: Mapping[str, Any], results: Mapping[str, Any]) -> 
     found = {"held-out text": results} if "bits_per_byte" in results else {}
     found |= {f"held-out {name} text, {when}": of for when in ("before", "after") for name, of in results.get(when, {}).items()}
     return {
-        task: {"metric": "bits_per_byte", "value": of["bits_per_byte"]}
-        | ({"n": of["held_out_bytes"], "of": "bytes"} if "held_out_bytes" in of else {})
+        task: {"metric": "bits per byte", "value": of["bits_per_byte"], "measured": "by the run"}
+        | ({"bytes": of["held_out_bytes"]} if "held_out_bytes" in of else {})
         for task, of in found.items()
         if isinstance(of, Mapping) and "bits_per_byte" in of
     }
@@ -83,17 +82,22 @@ def card_of(
 ) -> Card:
     """The card of a model, with what model and tokenizer say themselves. `more`: other fields of `Card`."""
     facts = {"model_type": model.config.model_type, "parameters": model.n_params, **model.config.model_dump()}
-    bos_id, chat = (None, False) if tokenizer is None else (tokenizer.bos_id, bool(tokenizer.chat_templates))
     return Card(
         name=name,
         model=facts,
         dtype=dtype,
         stages=[dict(stage) for stage in stages],
         evaluations=evaluations,
-        bos_id=bos_id,
-        chat=chat,
+        **({} if tokenizer is None else how_texts_begin(tokenizer)),
         **more,
     )
+
+
+def how_texts_begin(tokenizer: SavableTokenizer) -> dict[str, Any]:
+    """What the card says to those who write prompts."""
+    needs_bos = tokenizer.bos_id is not None
+    words = f"A document begins with token {tokenizer.bos_id}, which the tokenizer does not add by itself." if needs_bos else None
+    return {"opening": words, "needs_bos": needs_bos, "chat": bool(tokenizer.chat_templates)}
 
 
 @contextmanager
