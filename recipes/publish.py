@@ -32,10 +32,11 @@ from rich.console import Console
 from rich.table import Table
 
 from lm.base import AbstractLM
+from lm.hub import folder_of
 from recipes.command_line import RecipeConfig, fail
 from recipes.convert import bring_in
 from recipes.evidence import prove
-from recipes.loading import exported_step, is_run, newest_step
+from recipes.loading import exported_step, is_gguf, is_run, newest_step
 from recipes.running import ENDS_IN_WORDS
 from train.card import Card, check_evaluations
 from train.hub import open_hub
@@ -117,6 +118,7 @@ def main(config: Config) -> bool:
 
     with building(folder) as beside:
         write_model(model, tokenizer, beside)
+        keep_generation_settings(config.source, config.from_revision, beside)
         asked: dict[str, Any] = {"places": config.places, "python": config.parity_python, "measure": config.measure}
         evidence = prove(model, tokenizer, beside, source=config.source, earlier=folder, **asked)
         pictures = copy_pictures(Path(config.source), beside)
@@ -185,14 +187,11 @@ def history(config: Config, origin: str) -> tuple[list[Stage], str | None, dict[
     if not is_run(run) or not (run / "manifest.json").is_file():
         return stages_behind(config.source, revision=config.from_revision), None, {}
     manifest, results = record_of(run)
-    ended = not (run / "checkpoints").is_dir() or exported_step(run) == newest_step(run)
-    if not ended:
-        results = {}
-    stages = lineage(manifest, results)
-    note = None if ended else f"Training has not ended: step {newest_step(run)} of {manifest['steps']}."
-    if note:
-        logger.warning(f"{origin}: {note}")
-    return stages, note, run_evaluations(manifest, results)
+    if not (run / "checkpoints").is_dir() or exported_step(run) == newest_step(run):
+        return stages_behind(config.source), None, run_evaluations(results)
+    note = f"Training has not ended: step {newest_step(run)} of {manifest['steps']}."
+    logger.warning(f"{origin}: {note}")
+    return lineage(manifest, {}), note, {}
 
 
 def base_of(stages: list[Stage]) -> str | None:
@@ -206,6 +205,15 @@ def licence(config: Config) -> dict[str, str] | None:
         return None
     named = {"license": config.license, "license_name": config.license_name, "license_link": config.license_link}
     return {name: value for name, value in named.items() if value is not None}
+
+
+def keep_generation_settings(source: str, revision: str | None, folder: Path) -> None:
+    """A model that came with settings of its own for generating keeps them."""
+    if is_gguf(source) or is_run(source):
+        return
+    theirs = folder_of(source, revision) / "generation_config.json"
+    if theirs.is_file():
+        shutil.copy(theirs, folder / theirs.name)
 
 
 def copy_pictures(source: Path, folder: Path) -> dict[str, str]:
@@ -227,7 +235,8 @@ def dtypes(model: AbstractLM) -> str:
 def show(folder: Path, card: Card) -> None:
     """The scores, and where to read on."""
     for task, result in card.evaluations.items():
-        logger.info(f"{task}: {result['metric'].replace('_', ' ')} {result['value']:.4f}")
+        interval = "" if result.get("low") is None else f" (95 %: {result['low']:.4f} to {result['high']:.4f})"
+        logger.info(f"{task}: {result['metric']} {result['value']:.4f}{interval}")
     logger.info(f"licence: {'none given' if card.licence is None else card.licence['license']}")
     logger.info(f"written {folder}, {len(files_of(folder))} files; read {folder / 'README.md'}")
 

@@ -177,6 +177,7 @@ def _use(card: Card) -> list[str]:
         f'model = lm.load_pretrained("{place}")',
         "```",
         "",
+        *([] if card.repository is None else ["```sh", f"python -m recipes.sample {place} --prompt 'Once'", "```", ""]),
         *([] if card.opening is None else [card.opening, ""]),
     ]
 

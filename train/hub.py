@@ -23,6 +23,8 @@ ADVICE = {
     412: "it was changed by somebody else at the same time: look at it, and run again",
 }
 
+GO_ON = "What arrived stays there: run the same command again to go on"
+
 Answer = TypeVar("Answer")
 
 
@@ -108,7 +110,9 @@ def _refuse(what: str, error: BaseException, tried: int) -> NoReturn:
     elif status in ADVICE:
         words = f"{ADVICE[status]} ({said(error)})"
     elif passes(error):
-        words = f"{said(error)}, {tried} times. Files that arrived stay there: run the same command again to go on"
+        words = f"{said(error)}, {tried} times. {GO_ON}"
+    elif "xet" in said(error).lower():  # it has tried again itself
+        words = f"{said(error)}. {GO_ON}; for a Hub without Xet storage set HF_HUB_DISABLE_XET=1"
     else:
         words = said(error)
     raise HubError(f"{what}: {words}") from error

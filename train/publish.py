@@ -19,7 +19,7 @@ import jax
 from lm.base import AbstractLM
 from lm.models import save_pretrained
 from train.card import Card, render
-from train.lineage import LINEAGE_FILE, lineage
+from train.lineage import GIVEN, LINEAGE_FILE, lineage
 from train.logs import write_json
 
 EVIDENCE_FILE = "evidence.json"  # of a published folder: by it we know a repository for ours
@@ -56,10 +56,10 @@ def export(
     stages = lineage(manifest, results)
     with building(folder) as beside:
         write_model(in_dtype(model, "float32"), tokenizer, beside)
-        finish(beside, card_of(folder.resolve().parent.name, model, tokenizer, "float32", stages, run_evaluations(manifest, results)))
+        finish(beside, card_of(folder.resolve().parent.name, model, tokenizer, "float32", stages, run_evaluations(results)))
 
 
-def run_evaluations(manifest: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def run_evaluations(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What a run measured itself, in the card's shape."""
     found = {"held-out text": results} if "bits_per_byte" in results else {}
     found |= {f"held-out {name} text, {when}": of for when in ("before", "after") for name, of in results.get(when, {}).items()}
@@ -88,14 +88,14 @@ def card_of(
         dtype=dtype,
         stages=[dict(stage) for stage in stages],
         evaluations=evaluations,
-        **({} if tokenizer is None else how_texts_begin(tokenizer)),
+        **({} if tokenizer is None else how_texts_begin(tokenizer, trained_here=stages[-1]["stage"] != GIVEN)),
         **more,
     )
 
 
-def how_texts_begin(tokenizer: SavableTokenizer) -> dict[str, Any]:
-    """What the card says to those who write prompts."""
-    needs_bos = tokenizer.bos_id is not None
+def how_texts_begin(tokenizer: SavableTokenizer, *, trained_here: bool) -> dict[str, Any]:
+    """What the card says to those who write prompts. Of a model that was given nobody told us how its texts began."""
+    needs_bos = trained_here and tokenizer.bos_id is not None
     words = f"A document begins with token {tokenizer.bos_id}, which the tokenizer does not add by itself." if needs_bos else None
     return {"opening": words, "needs_bos": needs_bos, "chat": bool(tokenizer.chat_templates)}
 

@@ -66,7 +66,7 @@ def push(
     - `overwrite`: take over a repository that holds other things: its files become those of the folder. Git keeps the old ones.
     - `places`: folders of this machine whose names may stand in no file.
 
-    **Raises:** `HubError`; the repository is then as it was.
+    **Raises:** `HubError`; the repository's files are then as they were, and one that was made stays, empty.
     """
     if found := leaks(folder, [hub.token], [Path.home(), folder.resolve(), *places]):
         raise HubError(f"{folder} is not sent, it holds what is of this machine alone:\n  " + "\n  ".join(found))

@@ -159,7 +159,7 @@ def test_pauses_double_and_end_in_words(server, folder):
     waits: list[float] = []
     hub = hub_of(server, waits)
     server.fail("POST", "/commit/", 503, times=99)
-    with pytest.raises(HubError, match=r"the commit to me/mine at http.*: status 503: in trouble, 3 times\. Files that arrived stay there"):
+    with pytest.raises(HubError, match=r"the commit to me/mine at http.*: status 503: in trouble, 3 times\. What arrived stays there"):
         push(folder, "me/mine", hub)
     assert waits == [1, 2]
 
@@ -231,6 +231,13 @@ def test_no_network_is_words(server, monkeypatch):
     monkeypatch.setattr(constants, "is_offline_mode", lambda: True)
     with pytest.raises(HubError, match="HF_HUB_OFFLINE is set: unset it to push, or say --dry-run"):
         hub_of(server)
+
+
+def test_a_hub_without_xet_storage_is_told_how_to_do_without(server, folder, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    pytest.importorskip("hf_xet")
+    with pytest.raises(HubError, match="xet-write-token/main.*for a Hub without Xet storage set HF_HUB_DISABLE_XET=1"):
+        push(folder, "me/mine", hub_of(server))
 
 
 def test_a_card_that_the_hub_refuses_stops_before_anything_is_sent(server, folder):
