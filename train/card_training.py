@@ -18,7 +18,7 @@ def lineage_section(stages: Sequence[Stage]) -> list[str]:
                 f"{stage['tokens']:,}" if "tokens" in stage else "",
                 f"{stage['steps']:,}" if "steps" in stage else "",
                 _machine(stage),
-                "" if hours is None else f"{hours:.2f}",
+                "" if hours is None else _hours(hours),
                 "" if bits is None else f"{bits:.4f}",
             )
         )
@@ -61,7 +61,7 @@ def settings_section(stage: Stage) -> list[str]:
     versions = ", ".join(f"{name} {value}" for name, value in stage.get("versions", {}).items())
     commit = f" Commit {stage['commit']}." if stage.get("commit") else ""
     speed = stage.get("results", {}).get("tokens_per_s")
-    hours = "" if stage.get("hours") is None else f", {stage['hours']:.2f} hours of training"
+    hours = "" if stage.get("hours") is None else f", {_hours(stage['hours'])} hours of training"
     lines = ["## Hyper-parameters of the last stage", "", *table(("setting", "value"), [(n, f"`{v}`") for n, v in settings.items()]), ""]
     lines += [f"On {_machine(stage)}{hours}" + (f", {speed:,.0f} tokens/s" if speed else "") + f"; {versions}.{commit}", ""]
     return lines if settings else lines[-2:]
@@ -106,6 +106,10 @@ def _machine(stage: Mapping[str, Any]) -> str:
     if hardware.get("platform") == "cpu":
         return f"{hardware.get('cpu', 'CPU')}, {hardware.get('cpu_cores', '?')} cores"
     return f"{hardware.get('device_count', 1)} × {hardware.get('device_kind', hardware.get('platform', 'not recorded'))}"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f}" if hours >= 10 else f"{hours:.2g}"
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

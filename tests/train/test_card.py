@@ -80,12 +80,12 @@ def test_every_part_of_the_record_stands_in_the_card():
         "equal bit for bit",
         "With other implementations: passed: compared with transformers 5.",
         "| 1. given | owner/base: not recorded |  |  |  |  |  |",
-        "| 2. pretrain_small | hf://owner/texts/train (hub) | 122,880 | 60 | 8 × NVIDIA H100 | 1.25 | 2.4600 |",
+        "| 2. pretrain_small | hf://owner/texts/train (hub) | 122,880 | 60 | 8 × NVIDIA H100 | 1.2 | 2.4600 |",
         "| training | 10 documents, 1,000 bytes |",
         "| left out or changed | 3 empty documents |",
         "| b\\|c | 31 | 31.00% | 30.00% | 0.50 |",
         "| optimizer.name | `muon` |",
-        "On 8 × NVIDIA H100, 1.25 hours of training, 14,480 tokens/s; python 3.11.7, jax 0.10.2. Commit c0ffee.",
+        "On 8 × NVIDIA H100, 1.2 hours of training, 14,480 tokens/s; python 3.11.7, jax 0.10.2. Commit c0ffee.",
         "![Loss](loss.png)",
     ):
         assert line in text.splitlines() or line in text, line

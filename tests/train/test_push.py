@@ -236,7 +236,7 @@ def test_no_network_is_words(server, monkeypatch):
 def test_a_hub_without_xet_storage_is_told_how_to_do_without(server, folder, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     pytest.importorskip("hf_xet")
-    with pytest.raises(HubError, match="xet-write-token/main.*for a Hub without Xet storage set HF_HUB_DISABLE_XET=1"):
+    with pytest.raises(HubError, match=r"xet-write-token/main.*for a Hub without Xet storage set HF_HUB_DISABLE_XET=1"):
         push(folder, "me/mine", hub_of(server))
 
 
