@@ -44,7 +44,7 @@ from train.lineage import Stage, lineage, record_of, stages_behind
 from train.logs import plain_messages
 from train.parity import can_compare
 from train.publish import EVIDENCE_FILE, building, card_of, files_of, finish, in_dtype, leaks, run_evaluations, write_model
-from train.push import lfs_expected, push
+from train.push import check_free, lfs_expected, push
 from train.runtime import compilation_cache
 
 CAPTIONS = {
@@ -102,13 +102,18 @@ def main(config: Config) -> bool:
     """All five steps. Whether everything that was compared passed."""
     plain_messages()
     compilation_cache()
+
+    # What would only come out after minutes.
     folder = config.to or Path("runs") / f"publish-{(config.repo or '').split('/')[-1]}"
     check_folder(folder)
     can_compare(config.parity_python)
     scores = given_scores(config.eval)
-    hub = None if config.repo is None or config.dry_run else open_hub()  # a token that is refused is told now, not in the end
-    repository = config.repo if hub is None or config.repo is None or "/" in config.repo else f"{hub.user}/{config.repo}"
+    hub = None if config.repo is None or config.dry_run else open_hub()
+    repository = config.repo if hub is None or config.repo is None else hub.full_name(config.repo)
+    if hub is not None and repository is not None and not config.overwrite:
+        check_free(repository, hub, revision=config.revision)
 
+    # The model, and where it comes from.
     model, tokenizer, origin = bring_in(config.source, config.from_revision)
     model = model if config.dtype == "keep" else in_dtype(model, config.dtype)
     logger.info(f"{origin}: {model.config.model_type}, {model.n_params:,} parameters")
@@ -116,6 +121,7 @@ def main(config: Config) -> bool:
         logger.warning(f"{config.source} has no tokenizer that we can read: the folder gets none, and no text can be measured")
     stages, note, own = history(config, origin)
 
+    # The folder: model, proof, card.
     with building(folder) as beside:
         write_model(model, tokenizer, beside)
         keep_generation_settings(config.source, config.from_revision, beside)
@@ -139,6 +145,8 @@ def main(config: Config) -> bool:
         )
         finish(beside, card, evidence)
     show(folder, card)
+
+    # Nothing of this machine, no model that is another, and off it goes.
     places = [Path.cwd(), folder.resolve(), *([Path(config.source).resolve()] if Path(config.source).exists() else [])]
     if found := leaks(folder, [], [Path.home(), *places]):
         raise ValueError(f"{folder} holds what is of this machine alone:\n  " + "\n  ".join(found))

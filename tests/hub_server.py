@@ -19,11 +19,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import yaml
+from small_hub import Answering
 
 MOST_BYTES = 2 << 30
 LICENCES = {"apache-2.0", "mit", "cc-by-4.0", "cc0-1.0", "gpl-3.0", "bsd-3-clause", "openrail", "llama3.2", "gemma", "unknown", "other"}
@@ -108,8 +109,7 @@ class Problem(Exception):
         self.status, self.words, self.code = status, words, code
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class Handler(Answering):
     state: State
 
     def do_GET(self) -> None:
@@ -163,18 +163,6 @@ class Handler(BaseHTTPRequestHandler):
                     self.rfile.readline()
         return kept
 
-    def reply(self, content: object, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        raw = json.dumps(content).encode()
-        self.send_response(status)
-        for header, value in {"Content-Type": "application/json", "Content-Length": str(len(raw)), **(headers or {})}.items():
-            self.send_header(header, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(raw)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
     # ------------------------------------------------------------------------------------------- who, and what is there
 
     def user(self, *, needed: bool = False) -> str | None:
@@ -226,7 +214,7 @@ class Handler(BaseHTTPRequestHandler):
         repository.branches[branch] = repository.branches["main"]
         self.reply({})
 
-    def info(self, body: Path, name: str, revision: str) -> None:
+    def info(self, body: Path, name: str, revision: str = "main") -> None:
         commit, files = self.files(name, revision)
         private = self.state.repositories[name].private
         self.reply({"id": name, "sha": commit, "private": private, "tags": [], "siblings": [{"rfilename": path} for path in files]})
@@ -329,6 +317,7 @@ ROUTES = [
         ("POST", "/api/repos/create", Handler.create),
         ("POST", "/api/validate-yaml", Handler.validate),
         ("POST", f"/api/models/{_NAME}/branch/(.+)", Handler.branch),
+        ("GET", f"/api/models/{_NAME}", Handler.info),
         ("GET", f"/api/models/{_NAME}/revision/(.+)", Handler.info),
         ("GET", f"/api/models/{_NAME}/tree/([^/]+)", Handler.tree),
         ("POST", f"/api/models/{_NAME}/preupload/(.+)", Handler.preupload),

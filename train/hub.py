@@ -42,6 +42,10 @@ class Hub:
     pauses_s: Sequence[float] = (1, 2, 4, 8, 16)  # between tries: one try more than pauses
     sleep: Callable[[float], None] = time.sleep
 
+    def full_name(self, repository: str) -> str:
+        """`owner/name`; a name alone is ours."""
+        return repository if "/" in repository else f"{self.user}/{repository}"
+
     def ask(self, what: str, question: Callable[[], Answer]) -> Answer:
         """The answer, asked for again after errors that pass.
 

@@ -45,6 +45,18 @@ def lfs_expected(file: Path) -> bool:
     return file.suffix in LARGE or file.stat().st_size > LARGE_BYTES
 
 
+def check_free(repository: str, hub: Hub, *, revision: str = "main") -> None:
+    """Whether `push` will find the repository empty, ours, or not there: asked before the work that a push needs.
+
+    **Raises:** `HubError` where it holds what others wrote.
+    """
+    try:
+        there = _look(hub, hub.full_name(repository), revision)
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        return
+    _check_ours(hub, hub.full_name(repository), there)
+
+
 def push(
     folder: Path,
     repository: str,
@@ -70,13 +82,13 @@ def push(
     """
     if found := leaks(folder, [hub.token], [Path.home(), folder.resolve(), *places]):
         raise HubError(f"{folder} is not sent, it holds what is of this machine alone:\n  " + "\n  ".join(found))
-    repository = repository if "/" in repository else f"{hub.user}/{repository}"
-    head, there = _state(hub, repository, revision, private)
-    ours = _ours(hub, repository, head) if EVIDENCE_FILE in there else None
+    repository = hub.full_name(repository)
+    _make(hub, repository, revision, private)
+    there = _look(hub, repository, revision)
     if not overwrite:
-        _check_ours(repository, there, ours, _changed_by_others(hub, repository, head, there, ours))
+        _check_ours(hub, repository, there)
     sent = files_of(folder)
-    gone = there if overwrite else set() if ours is None else set(ours["files"]) & there
+    gone = there.files if overwrite else set() if there.ours is None else set(there.ours["files"]) & there.files
     dropped = sorted(gone - set(sent) - HUBS_OWN)
     for name in dropped:
         logger.info(f"no longer there: {name}")
@@ -84,37 +96,43 @@ def push(
     def commit() -> Any:
         operations: list[Any] = [CommitOperationAdd(name, folder / name) for name in sent]
         operations += [CommitOperationDelete(name) for name in dropped]
-        return hub.api.create_commit(repository, operations, commit_message=message, revision=revision, parent_commit=head)
+        return hub.api.create_commit(repository, operations, commit_message=message, revision=revision, parent_commit=there.commit)
 
     made = hub.ask(f"the commit to {repository}", commit)
     _check_arrived(hub, repository, made.oid, folder)
-    return Pushed(f"{hub.api.endpoint}/{repository}", made.oid, revision, changed=made.oid != head)
+    return Pushed(f"{hub.api.endpoint}/{repository}", made.oid, revision, changed=made.oid != there.commit)
 
 
 # ------------------------------------------------------------------------------------------- the repository as it is
 
 
-def _state(hub: Hub, repository: str, revision: str, private: bool) -> tuple[str, set[str]]:
-    """The commit at the head of the branch and the files there; both repository and branch are made where they are not there."""
+@dataclass(frozen=True)
+class _There:
+    """The head of a branch: its commit, its files, and the evidence among them if we wrote them."""
 
-    def look() -> tuple[str, set[str]]:
-        info = hub.api.model_info(repository, revision=revision)
-        return str(info.sha), {file.rfilename for file in info.siblings or []}
+    commit: str
+    files: set[str]
+    ours: dict[str, Any] | None
 
+
+def _look(hub: Hub, repository: str, revision: str) -> _There:
+    info = hub.ask(repository, lambda: hub.api.model_info(repository, revision=revision))
+    commit, files = str(info.sha), {file.rfilename for file in info.siblings or []}
+    return _There(commit, files, _ours(hub, repository, commit) if EVIDENCE_FILE in files else None)
+
+
+def _make(hub: Hub, repository: str, revision: str, private: bool) -> None:
+    """Repository and branch, where they are not there."""
     try:
-        return hub.ask(repository, look)
-    except RevisionNotFoundError:
-        logger.info(f"making the branch {revision} of {repository}")
-        hub.ask(f"the branch {revision}", lambda: hub.api.create_branch(repository, branch=revision, exist_ok=True))
+        hub.ask(repository, lambda: hub.api.model_info(repository))
     except RepositoryNotFoundError:
         logger.info(f"making the {'private ' if private else ''}repository {repository}")
         hub.ask(f"the repository {repository}", lambda: hub.api.create_repo(repository, private=private, exist_ok=True))
-        if revision != "main":
-            hub.ask(f"the branch {revision}", lambda: hub.api.create_branch(repository, branch=revision, exist_ok=True))
     try:
-        return hub.ask(repository, look)
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise HubError(f"{repository} was made, and yet the Hub does not find {revision} in it: run again") from error
+        hub.ask(repository, lambda: hub.api.model_info(repository, revision=revision))
+    except RevisionNotFoundError:
+        logger.info(f"making the branch {revision} of {repository}")
+        hub.ask(f"the branch {revision}", lambda: hub.api.create_branch(repository, branch=revision, exist_ok=True))
 
 
 def _ours(hub: Hub, repository: str, head: str) -> dict[str, Any] | None:
@@ -131,14 +149,30 @@ def _file(hub: Hub, repository: str, head: str, name: str) -> bytes:
     return Path(hub.ask(name, lambda: hub.api.hf_hub_download(repository, name, revision=head))).read_bytes()
 
 
-def _changed_by_others(hub: Hub, repository: str, head: str, there: set[str], ours: dict[str, Any] | None) -> list[str]:
+def _check_ours(hub: Hub, repository: str, there: _There) -> None:
+    """**Raises:** `HubError` where a commit would write over what others wrote."""
+    others = sorted(there.files - HUBS_OWN)
+    if others and there.ours is None:
+        listed = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        raise HubError(
+            f"the repository {repository} holds other things, not written from here: {listed}. "
+            "Choose another name, or say --overwrite to replace them (its history keeps them)"
+        )
+    if changed := _changed_by_others(hub, repository, there):
+        raise HubError(
+            f"in {repository} somebody changed {', '.join(changed)} since it was written from here. "
+            "Look at it there, then say --overwrite to replace it (its history keeps it), or choose another name"
+        )
+
+
+def _changed_by_others(hub: Hub, repository: str, there: _There) -> list[str]:
     """Files we wrote that are others by now: large ones by the digest the Hub tells, the card, which people edit, by its text."""
-    if ours is None:
+    if there.ours is None:
         return []
-    digest = _large(hub, repository, head)
-    if CARD_FILE in there:
-        digest[CARD_FILE] = hashlib.sha256(_file(hub, repository, head, CARD_FILE)).hexdigest()
-    return sorted(name for name, known in ours["files"].items() if name in digest and digest[name] != known)
+    digest = _large(hub, repository, there.commit)
+    if CARD_FILE in there.files:
+        digest[CARD_FILE] = hashlib.sha256(_file(hub, repository, there.commit, CARD_FILE)).hexdigest()
+    return sorted(name for name, known in there.ours["files"].items() if name in digest and digest[name] != known)
 
 
 def _check_arrived(hub: Hub, repository: str, commit: str, folder: Path) -> None:
@@ -153,18 +187,3 @@ def _large(hub: Hub, repository: str, commit: str) -> dict[str, str]:
     """The sha256 of each file in large storage."""
     tree = hub.ask(repository, lambda: list(hub.api.list_repo_tree(repository, revision=commit, recursive=True)))
     return {entry.path: entry.lfs.sha256 for entry in tree if isinstance(entry, RepoFile) and entry.lfs}
-
-
-def _check_ours(repository: str, there: set[str], ours: dict[str, Any] | None, changed: Sequence[str]) -> None:
-    others = sorted(there - HUBS_OWN)
-    if others and ours is None:
-        listed = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
-        raise HubError(
-            f"the repository {repository} holds other things, not written from here: {listed}. "
-            "Choose another name, or say --overwrite to replace them (its history keeps them)"
-        )
-    if changed:
-        raise HubError(
-            f"in {repository} somebody changed {', '.join(changed)} since it was written from here. "
-            "Look at it there, then say --overwrite to replace it (its history keeps it), or choose another name"
-        )

@@ -12,7 +12,7 @@ import lm
 from data.tokenizer import Tokenizer
 from recipes import evidence, publish
 from recipes.publish import Config, main
-from train.hub import open_hub
+from train.hub import Hub, open_hub
 from train.lineage import given
 from train.parity import our_logits
 from train.publish import digests, files_of, in_dtype, leaks
@@ -83,7 +83,8 @@ def test_it_is_compared_and_scores_and_a_licence_stand_in_the_card(source, besid
 def test_another_model_fails_and_nothing_is_sent(source, beside, monkeypatch, tmp_path):
     monkeypatch.setattr(evidence, "transformers_logits", lambda *given: ("another", beside(*given)[1] + 1.0))
     sent = []
-    monkeypatch.setattr(publish, "open_hub", lambda: type("Hub", (), {"user": "me"}))
+    monkeypatch.setattr(publish, "open_hub", lambda: Hub(huggingface_hub.HfApi(), "", "me"))
+    monkeypatch.setattr(publish, "check_free", lambda repository, hub, revision: None)
     monkeypatch.setattr(publish, "push", lambda *arguments, **settings: sent.append(arguments))
     assert not main(Config(source=str(source), to=tmp_path / "out", repo="me/mine", license="mit"))
     assert not sent

@@ -14,7 +14,7 @@ from train.card import Card
 from train.hub import HubError, open_hub
 from train.lineage import given
 from train.publish import EVIDENCE_FILE, files_of, finish
-from train.push import lfs_expected, push
+from train.push import check_free, lfs_expected, push
 
 TOKEN = "hf_" + "writerwriterwriterwriter"
 READER = "hf_" + "readerreaderreaderreader"
@@ -83,7 +83,9 @@ def test_what_was_sent_comes_back_byte_for_byte(server, folder, tmp_path):
 
 def test_the_same_again_is_nothing_new_and_a_changed_model_is_a_commit_more(server, folder, tmp_path):
     hub = hub_of(server)
+    check_free("mine", hub)
     first = push(folder, "me/mine", hub)
+    check_free("mine", hub)
     again = push(folder, "me/mine", hub)
     assert (first.changed, again.changed, again.commit) == (True, False, first.commit)
     (folder / "loss.png").rename(folder / "curve.png")
@@ -118,6 +120,8 @@ def test_a_repository_with_other_things_is_left_alone_unless_said(server, folder
     head = theirs.commit({name: server.keep(b"{}", False) for name in ("config.json", "pytorch_model.txt")}, "main", "theirs")
     with pytest.raises(HubError, match=r"holds other things, not written from here: config.json, pytorch_model.txt\. .* say --overwrite"):
         push(folder, "me/other", hub_of(server))
+    with pytest.raises(HubError, match="holds other things"):
+        check_free("other", hub_of(server))
     assert theirs.branches["main"] == head
     pushed = push(folder, "me/other", hub_of(server), overwrite=True)
     assert set(theirs.commits[pushed.commit]) == set(files_of(folder))
