@@ -63,6 +63,7 @@ from train.averages import AverageConfig, average_rate
 from train.checkpoint import Checkpoints
 from train.debug import debug_nans
 from train.digests import digest
+from train.lineage import continued_from
 from train.logs import RunLog, mfu, model_flops_per_token, plain_messages, read_metrics, words_kept, write_json
 from train.loop import interruptible, nats_by_document, steps
 from train.optimizers import OptimizerConfig, ScheduleConfig, build_optimizer, learning_rate
@@ -198,7 +199,7 @@ def run(config: Config, folder: Path) -> None:
     peak = peak_flops(device)
     flops = model_flops_per_token(model.n_active_params, shape.n_layers, shape.d_model, seq)
     manifest: dict[str, Any] = {
-        "continued_from": {"source": config.source.name, "digest": began},
+        "continued_from": continued_from(config.source, began),
         "corpus": texts["new"].record,
         "replay": texts["old"].record if "old" in texts else None,
         "tokenizer": {"digest": tokenizer.digest, "vocab": tokenizer.vocab_size},

@@ -20,9 +20,9 @@ from data.sources import Source
 from data.tasks.python_syntax import complete_statements, parses
 from data.tokenizer import Tokenizer
 from lm.generate import Sampler
+from train.card import YARDSTICKS
 from train.logs import plot_curves, progress, write_json
 from train.loop import bits_per_byte, nats_by_document
-from train.publish import YARDSTICKS
 from train.runtime import cache_root
 
 # ------------------------------------------------------------------------------------------- samples

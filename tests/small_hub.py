@@ -13,10 +13,27 @@ from typing import Any
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-class Hub(BaseHTTPRequestHandler):
-    """The calls that a snapshot makes. `seen` holds each: method, path, range."""
+class Answering(BaseHTTPRequestHandler):
+    """JSON answers, and no words on the screen."""
 
     protocol_version = "HTTP/1.1"
+
+    def reply(self, content: object, status: int = 200, extra: dict[str, str] | None = None) -> None:
+        raw = json.dumps(content).encode()
+        self.send_response(status)
+        for header, value in {"Content-Type": "application/json", "Content-Length": str(len(raw)), **(extra or {})}.items():
+            self.send_header(header, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(raw)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Hub(Answering):
+    """The calls that a snapshot makes. `seen` holds each: method, path, range."""
+
     kind: str  # "datasets" or "models"
     repo: str  # "owner/name"
     files: dict[str, bytes]
@@ -67,18 +84,6 @@ class Hub(BaseHTTPRequestHandler):
             self.close_connection = True
         elif body:
             self.wfile.write(raw[start:])
-
-    def reply(self, content: object, status: int = 200, extra: dict[str, str] | None = None) -> None:
-        raw = json.dumps(content).encode()
-        self.send_response(status)
-        for header, value in {"Content-Type": "application/json", "Content-Length": str(len(raw)), **(extra or {})}.items():
-            self.send_header(header, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(raw)
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 @contextmanager
