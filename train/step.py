@@ -149,6 +149,7 @@ def make_step(
     dropout_key: Key[Array, ""],
     *,
     donate: bool = True,
+    measured: bool = False,
 ) -> "CompiledStep":
     """`step(state, batch, learning_rate, average_rate=0.0) -> (state, metrics)`, compiled at its first call. The state passed in is donated
     (unless `donate` is false): use the one returned.
@@ -156,7 +157,8 @@ def make_step(
     Metrics: `loss` (nats a token), `grad_norm` (before clipping), `tokens` (supervised), `skipped` and `spikes` (so far), `sigmas` (how
     far this step is from the last ones, see `Stats.sigmas`), and `update_ratio`: for each role the length of the update over that of its
     weights, NaN at steps where it is not measured. Also the mean of what the model's blocks report, by its name, such as `router_balance`
-    and `router_z` (`lm.moe`).
+    and `router_z` (`lm.moe`). Where `measured`, for fine-tuning: `token_accuracy` and `entropy` (nats a token) over supervised tokens,
+    `tokens_read` (all but padding), and the shares `supervised_share` (of the tokens read) and `padding_share` (of all places).
 
     What is minimised is the mean over supervised tokens of the cross entropy, plus `z_loss`, plus the model's `aux_weights` times those
     means. A mean of a micro-batch is its own, and counts by the supervised tokens it has.
@@ -176,6 +178,7 @@ def make_step(
             z_loss=config.z_loss,
             softcap=flying.logit_softcap,
             chunk=config.loss_chunk,
+            measured=measured,
         )
         means = {name: total / jnp.maximum(count, 1.0) for name, (total, count) in aux.items()}
         pull = sum((weight * means[name] for name, weight in flying.aux_weights.items()), jnp.zeros(()))
@@ -230,6 +233,10 @@ def make_step(
         metrics = {"loss": mean_loss, "grad_norm": norm, "tokens": loss.count, "skipped": stats.skipped, "spikes": stats.spikes}
         metrics |= {"sigmas": sigmas}
         metrics |= {name: total / jnp.maximum(told, 1.0) for name, (total, told) in aux.items()}
+        if measured:
+            read = jnp.sum(batch.segments > 0)
+            metrics |= {"token_accuracy": loss.correct / count, "entropy": loss.entropy / count, "tokens_read": read}
+            metrics |= {"supervised_share": loss.count / jnp.maximum(read, 1), "padding_share": 1 - read / batch.segments.size}
         if config.ratios_every:
             due = (state.step + 1) % config.ratios_every == 0
             # Measured at every step, which costs nothing that shows: a `cond` would keep a copy of the weights for it.
