@@ -229,8 +229,9 @@ class Tokenizer:
         """The id of a token by its name; `None` where there is none."""
         return self._core.token_to_id(token)
 
-    def changed(self, *, special_tokens: Sequence[str] = (), chat_template: str | None = None) -> Self:
-        """This tokenizer with further special tokens, at the next free ids, and with another chat template. All other ids stay.
+    def changed(self, *, special_tokens: Sequence[str] = (), chat_template: str | None = None, eos: str | None = None) -> Self:
+        """This tokenizer with further special tokens, at the next free ids, with another chat template, with another EOS. All other ids
+        stay. A chat model's EOS is by custom what ends its turn: whoever generates stops there.
 
         A model needs as many rows in its embedding: `lm.surgery.grow_vocab`.
         """
@@ -244,7 +245,8 @@ class Tokenizer:
                     "Add the tokens to its tokenizer.json by hand, at ids that are free"
                 )
         templates = self.chat_templates if chat_template is None else {"default": chat_template}
-        return type(self)(core, **self._names, others=self._others, chat_templates=templates)
+        names = self._names if eos is None else self._names | {"eos": eos}
+        return type(self)(core, **names, others=self._others, chat_templates=templates)
 
     @functools.cached_property
     def digest(self) -> str:

@@ -69,9 +69,9 @@ def card(manifest: Mapping[str, Any], results: Mapping[str, Any], bos_id: int | 
         f"Trained with zmaj-lm on {corpus['train_bytes']:,} bytes of text ({text}, {corpus['train_documents']:,} documents): "
         f"{manifest['tokens']:,} tokens in {manifest['steps']:,} steps on {device.get('cpu') or device['device_kind']}.",
         "",
-        f"| held-out text ({results['held_out_bytes']:,} bytes) | bits per byte |",
+        "| held-out text | bits per byte |",
         "|---|---|",
-        f"| this model | {results['bits_per_byte']:.4f} |",
+        *([f"| this model ({results['held_out_bytes']:,} bytes) | {results['bits_per_byte']:.4f} |"] if "bits_per_byte" in results else []),
         *(f"| {coder} | {results[key]:.4f} |" for key, coder in YARDSTICKS.items() if key in results),
         *(f"| before, {name} text | {found['bits_per_byte']:.4f} |" for name, found in results.get("before", {}).items()),
         *(f"| after, {name} text | {found['bits_per_byte']:.4f} |" for name, found in results.get("after", {}).items()),
