@@ -22,6 +22,7 @@ from data.conversations import Conversation, Message, read_conversation
 Overlong = Literal["drop", "truncate", "split"]
 OnBadRow = Literal["error", "skip"]
 
+BAD_ROWS_NAMED = 5
 COUNTS = ("truncated", "tokens_cut", "split", "dropped_overlong", "dropped_nothing_trained", "bad_rows_skipped")
 
 
@@ -64,7 +65,8 @@ def chat_cache(
                 if on_bad_row == "error":
                     raise ValueError(f"{row['name']}: {error}. Mend it, or leave such rows out (on_bad_row skip)") from error
                 counts["bad_rows_skipped"] += 1
-                bad += [f"{row['name']}: {error}"] if len(bad) < 5 else []
+                if len(bad) < BAD_ROWS_NAMED:
+                    bad.append(f"{row['name']}: {error}")
                 continue
             for part, example in enumerate(parts):
                 counts["examples"] += 1

@@ -26,6 +26,7 @@ from data.documents import Documents, Source
 NAME = "instructions"  # what a user types for it
 ROWS = 24_000  # over all tasks, held-out ones included
 MOST_IN_A_SUM = 99
+IN_VAIN = 2000  # questions drawn in a row that were all asked before
 LONGEST = 240  # characters of code in a question
 
 TASKS = ("arithmetic", "strings", "arguments", "signature", "completion")
@@ -83,6 +84,7 @@ def _rows(rows: int, seed: int, root: Path) -> Iterator[tuple[str, dict[str, Any
     files = _functions_by_file(root)
     words = sorted({word for _, functions in files for function in functions for word in _words(function)})
     asked: set[str] = set()
+    in_vain = 0
     while len(asked) < rows:
         task = TASKS[len(asked) % len(TASKS)]
         if task == "arithmetic":
@@ -91,8 +93,12 @@ def _rows(rows: int, seed: int, root: Path) -> Iterator[tuple[str, dict[str, Any
             group, question, answer = _strings(rng, words)
         else:
             group, question, answer = _code(rng, files, task)
+        in_vain += 1
+        if in_vain > IN_VAIN:
+            raise ValueError(f"there are hardly more than {len(asked) // len(TASKS)} different questions of the task '{task}': make fewer rows")
         if question not in asked:
             asked.add(question)
+            in_vain = 0
             messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             yield group, {"messages": messages, "task": task, "answer": answer}
 
@@ -119,7 +125,8 @@ def _code(rng: random.Random, files: list[tuple[str, list["_Function"]]], task: 
             return name, rng.choice(_SIGNATURES).format(name=function.name, doc=function.doc), function.header
         if task == "completion" and function.lines:
             line = rng.choice(function.lines)
-            cut = rng.choice([match.end() for match in re.finditer(r"\b\W+", line)][:-1] or [len(line) // 2])
+            cuts = [match.end() for match in re.finditer(r"\b\W+", line) if len(line) // 2 <= match.end() < len(line)]
+            cut = rng.choice(cuts or [len(line) // 2])
             return name, rng.choice(_COMPLETIONS).format(code=line[:cut].rstrip()), line[cut:].strip()
 
 
