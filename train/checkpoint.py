@@ -21,7 +21,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -31,8 +30,12 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from jaxtyping import Array, PyTree, UInt32
+from jaxtyping import PyTree
 from loguru import logger
+
+from lm.digests import digest, digest_of, layout, leaf_digests
+
+__all__ = ["CheckpointError", "Checkpoints", "Restored", "digest", "leaf_digests", "read_record"]
 
 FORMAT = 1  # of the seal; raised when an older reader would be misled
 
@@ -102,11 +105,11 @@ class Checkpoints:
         leaves = {name: leaf_digests(tree) for name, tree in items.items()}
         if hollow := [f"{name}/{path}" for name in items for path, value in leaves[name].items() if _is_empty(value)]:
             raise ValueError(f"Orbax cannot save arrays without elements: leave out {hollow[:5]}.")
-        digests = {name: _digest_of(listed) for name, listed in leaves.items()}
+        digests = {name: digest_of(listed) for name, listed in leaves.items()}
         if "digests" in record:
             raise ValueError("the record may not have a key 'digests': it is added here, one digest per item.")
         record = _as_json(record) | {"digests": digests}
-        seal = {"format": FORMAT, "record": _digest_of(record), "leaves": leaves}
+        seal = {"format": FORMAT, "record": digest_of(record), "leaves": leaves}
 
         if step in self.steps() and step not in self._damaged and self._digests_at(step) == digests:
             logger.info("checkpoint of step {} is already in {}: left as it is", step, self.folder)
@@ -243,73 +246,11 @@ def read_record(folder: str | os.PathLike[str], step: int | None = None) -> dict
     return _newest_sound(folder, tries, lambda s: _read_sealed(folder / str(s))[0], {})
 
 
-# ------------------------------------------------------------------------------------------------------------------ digests
-
-
-def digest(tree: PyTree) -> str:
-    """A fingerprint of every leaf's path, dtype, shape and bits: equal on any mesh, different after any single flipped bit."""
-    return _digest_of(leaf_digests(tree))
-
-
-def leaf_digests(tree: PyTree) -> dict[str, str]:
-    """For each leaf, by path: `dtype[shape] fold`. All are computed when this returns, so that the arrays may then be given away."""
-    leaves = {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-    for path, leaf in leaves.items():
-        if not isinstance(leaf, jax.Array | np.ndarray):
-            raise TypeError(
-                f"leaf {path!r} is a {type(leaf).__name__}; a checkpoint holds arrays only: "
-                "pass eqx.filter(tree, eqx.is_array), and put numbers into arrays or into the record."
-            )
-    folds = jax.device_get({path: _fold(_words(leaf)) for path, leaf in leaves.items()})
-    return {path: f"{_layout(leaf)} {folds[path][0]:08x}{folds[path][1]:08x}" for path, leaf in leaves.items()}
-
-
-@jax.jit
-def _fold(x: Array) -> UInt32[Array, "2"]:
-    """Two 32-bit sums over all elements of mix(bits, index): sums of integers, so that no order, and no mesh, changes them.
-
-    mix is a bijection of the bits for each index, so one changed element changes each sum for certain; the two sums use
-    unlike constants, so that other damage, exchanged elements say, passes with a chance of about 2^-64. Compiled once
-    per shape, not per leaf."""
-    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        x = jax.random.key_data(x)
-    if x.dtype == bool:
-        bits = x.astype(jnp.uint32)
-    else:
-        width = (jnp.finfo if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo)(x.dtype).bits
-        # 64 bits become two words, along a new last axis.
-        bits = jax.lax.bitcast_convert_type(x, f"uint{min(width, 32)}").astype(jnp.uint32)
-    index = jnp.zeros(bits.shape, jnp.uint32)
-    for axis, size in enumerate(bits.shape):
-        index = index * np.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    return jnp.stack([jnp.sum(_mix(bits, index, seed), dtype=jnp.uint32) for seed in (0x9E3779B9, 0x7FEB352D)])
-
-
-def _mix(bits: Array, index: Array, seed: int) -> Array:
-    """Xor with a number drawn by the index, then MurmurHash3's finaliser (Appleby 2011): each of its steps can be undone."""
-    x = bits ^ (index * np.uint32(0x85EBCA6B) + np.uint32(seed))
-    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B ^ (seed & 0xFFFE))
-    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
-
-
-def _words(leaf: Array | np.ndarray) -> Array | np.ndarray:
-    """numpy's 64-bit leaves as two 32-bit words an element, since jax would cut them to 32 bits."""
-    if isinstance(leaf, np.ndarray) and leaf.dtype.itemsize == 8:
-        return np.ascontiguousarray(leaf).reshape(*leaf.shape, 1).view(np.uint32)
-    return leaf
+# ------------------------------------------------------------------------------------------------------------------ small pieces of a seal
 
 
 def _is_empty(leaf_digest: str) -> bool:
     return "0" in leaf_digest.partition("[")[2].partition("]")[0].split(",")
-
-
-def _digest_of(listed: dict[str, Any]) -> str:
-    return sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
-
-
-def _layout(leaf: Array | np.ndarray | jax.ShapeDtypeStruct) -> str:
-    return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 
 def _path(path: tuple[Any, ...]) -> str:
@@ -354,8 +295,8 @@ def _read_sealed(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, str]
     if isinstance(seal, dict) and seal.get("format", FORMAT) != FORMAT:
         raise _Damage(f"its seal has format {seal['format']}, this version reads {FORMAT}")
     try:
-        digests = {name: _digest_of(listed) for name, listed in seal["leaves"].items()}
-        sound = seal["record"] == _digest_of(record) and record["digests"] == digests
+        digests = {name: digest_of(listed) for name, listed in seal["leaves"].items()}
+        sound = seal["record"] == digest_of(record) and record["digests"] == digests
     except (KeyError, TypeError, AttributeError):
         sound = False
     if not sound:
@@ -368,7 +309,7 @@ def _check_target(what: str, target: PyTree, saved: dict[str, str]) -> None:
     given = {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(target)}
     if strange := [path for path, leaf in given.items() if not hasattr(leaf, "dtype")]:
         raise ValueError(f"{what}: the tree to restore into may hold only arrays and ShapeDtypeStructs, but {strange[:5]} are neither.")
-    asked = {path: _layout(leaf) for path, leaf in given.items()}
+    asked = {path: layout(leaf) for path, leaf in given.items()}
     held = {path: value.rpartition(" ")[0] for path, value in saved.items()}
     wrong = [f"{path} is {held[path]}, not {asked[path]}" for path in asked.keys() & held.keys() if asked[path] != held[path]]
     wrong += [f"{path} was not saved" for path in asked.keys() - held.keys()]

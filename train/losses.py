@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lm.kernels import Ops, soft_cap
+from lm.quant import Quantised, unpacked
 
 CHUNK = 1024  # tokens unembedded at a time; 512 and 2048 are a little slower on a CPU, and a GPU does not care
 
@@ -29,7 +30,7 @@ class Loss(NamedTuple):
 
 def next_token(
     hidden: Float[Array, "*batch seq d_model"],
-    unembedding: Float[Array, "vocab d_model"],
+    unembedding: Float[Array, "vocab d_model"] | Quantised,
     targets: Int[Array, "*batch seq"],
     loss_weights: Float[Array, "*batch seq"],
     *,
@@ -44,6 +45,7 @@ def next_token(
 
     **Arguments:**
 
+    - `unembedding`: its gradient is computed only where something asks for it; a packed one has none.
     - `loss_weights`: 0 where a token is not learned from (padding, prompts).
     - `ops`: the backend of the matrix products.
     - `dtype`: of their operands; logits, sums and the softmax stay fp32.
@@ -54,14 +56,14 @@ def next_token(
     """
     flat_hidden, flat_targets, flat_weights = _flat(hidden, targets, loss_weights, chunk)
     flat_weights = jax.lax.stop_gradient(flat_weights)
-    total, reported = _fused(ops, dtype, float(z_loss), softcap, measured, flat_hidden, unembedding, flat_targets, flat_weights)
+    total, reported = _fused(ops, dtype, float(z_loss), softcap, measured, flat_hidden, unpacked(unembedding), flat_targets, flat_weights)
     cross_entropy, *more = jax.tree.map(jax.lax.stop_gradient, reported)
     return Loss(total, cross_entropy, jnp.sum(loss_weights), *more)
 
 
 def token_log_probs(
     hidden: Float[Array, "*batch seq d_model"],
-    unembedding: Float[Array, "vocab d_model"],
+    unembedding: Float[Array, "vocab d_model"] | Quantised,
     targets: Int[Array, "*batch seq"],
     *,
     ops: Ops,
@@ -71,7 +73,7 @@ def token_log_probs(
 ) -> Float[Array, "*batch seq"]:
     """log p(target) of every token, differentiable; the logits are made again in the backward pass instead of being kept."""
     flat_hidden, flat_targets, _ = _flat(hidden, targets, jnp.ones(targets.shape), chunk)
-    weight = unembedding.astype(dtype)
+    weight = unpacked(unembedding).astype(dtype)
 
     @jax.checkpoint
     def of_chunk(h: Array, target: Array) -> Array:
@@ -141,16 +143,21 @@ def _fused(
 
 
 def _fused_forward(
-    ops: Ops, dtype: Any, z_loss: float, softcap: float | None, measured: bool, hidden: Array, unembedding: Array, targets: Array, weights: Array
-) -> tuple[tuple[Array, tuple[Array, ...]], tuple[Array, Array, Array]]:
+    ops: Ops, dtype: Any, z_loss: float, softcap: float | None, measured: bool, hidden: Any, unembedding: Any, targets: Any, weights: Any
+) -> tuple[tuple[Array, tuple[Array, ...]], tuple[Array, Array | None, Array]]:
     """The same, and d total / d hidden, d total / d unembedding while the logits of a chunk are at hand:
 
     d total / d logits = w (p - onehot(target)) + 2 z w log Z · p,  p = softmax(logits);
     soft-capped logits c tanh(x / c) hand it on to x times their slope, 1 - (logits / c)².
+
+    A frozen unembedding (JAX tells by `perturbed`) has no gradient: its product would be a third of the work here, and its sum an array as
+    large as the matrix.
     """
+    trained = unembedding.perturbed
+    hidden, unembedding, targets, weights = (primal.value for primal in (hidden, unembedding, targets, weights))
     weight = unembedding.astype(dtype)
 
-    def of_chunk(sums: tuple[Array, Any, Array], chunk: tuple[Array, Array, Array]) -> tuple[tuple[Array, Any, Array], Array]:
+    def of_chunk(sums: tuple[Array, Any, Array | None], chunk: tuple[Array, Array, Array]) -> tuple[tuple[Array, Any, Array | None], Array]:
         h, target, w = chunk
         h = h.astype(dtype)
         logits, log_z, hit = _scores(ops, h, weight, target, softcap)
@@ -160,13 +167,14 @@ def _fused_forward(
             slope = slope * (1 - jnp.square(logits / softcap))
         slope = slope.astype(dtype)
         d_hidden = ops.input_gradient(slope, weight)
-        d_weight = sums[2] + ops.weight_gradient(slope, h)
+        d_weight = sums[2] if sums[2] is None else sums[2] + ops.weight_gradient(slope, h)
         total = sums[0] + reported[0] + z_loss * jnp.sum(w * jnp.square(log_z))
         return (total, jax.tree.map(jnp.add, sums[1], reported), d_weight), d_hidden
 
-    start = (jnp.zeros((), jnp.float32), _nothing_yet(measured), jnp.zeros(unembedding.shape, jnp.float32))
+    start = (jnp.zeros((), jnp.float32), _nothing_yet(measured), jnp.zeros(unembedding.shape, jnp.float32) if trained else None)
     (total, reported, d_weight), d_hidden = jax.lax.scan(of_chunk, start, (hidden, targets, weights))
-    return (total, reported), (d_hidden.astype(hidden.dtype), d_weight.astype(unembedding.dtype), weights)
+    d_weight = None if d_weight is None else d_weight.astype(unembedding.dtype)
+    return (total, reported), (d_hidden.astype(hidden.dtype), d_weight, weights)
 
 
 def _fused_backward(
@@ -175,12 +183,15 @@ def _fused_backward(
     z_loss: float,
     softcap: float | None,
     measured: bool,
-    saved: tuple[Array, Array, Array],
-    cotangents: tuple[Array, tuple[Array, ...]],
-) -> tuple[Array, Array, None, Array]:
+    saved: tuple[Array, Array | None, Array],
+    cotangents: tuple[Any, Any],
+) -> tuple[Array, Array | None, None, Array]:
     d_hidden, d_weight, weights = saved
     cotangent, _ = cotangents  # that of what is reported is cut off in `next_token`
-    return (d_hidden * cotangent).astype(d_hidden.dtype), (d_weight * cotangent).astype(d_weight.dtype), None, jnp.zeros_like(weights)
+    if isinstance(cotangent, jax.custom_derivatives.SymbolicZero):
+        cotangent = jnp.zeros(())
+    d_weight = None if d_weight is None else (d_weight * cotangent).astype(d_weight.dtype)
+    return (d_hidden * cotangent).astype(d_hidden.dtype), d_weight, None, jnp.zeros_like(weights)
 
 
-_fused.defvjp(_fused_forward, _fused_backward)
+_fused.defvjp(_fused_forward, _fused_backward, symbolic_zeros=True)
