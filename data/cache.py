@@ -85,8 +85,11 @@ class TokenCache:
         opening, closing = _document_marks(tokenizer)
         if not len(documents):
             raise ValueError(f"no documents in the split '{split}': expected at least one to encode")
-        marks = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
-        made_from = {"tokenizer": tokenizer.digest, "marks": [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id], "source": source_digest}
+        made_from = {
+            "tokenizer": tokenizer.digest,
+            "marks": [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id],
+            "source": source_digest,
+        }
 
         def encoded() -> Iterator[Encoded]:
             return _encoded_texts(documents, tokenizer, opening, closing, on_progress)

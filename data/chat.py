@@ -88,8 +88,8 @@ class ChatFormat:
         for text in ("a", "(b"):
             if "".join(self.tokenizer.tokens_of(self.tokenizer.encode(text))) != text:
                 raise ValueError(
-                    f"this tokenizer makes {self.tokenizer.tokens_of(self.tokenizer.encode(text))} of {text!r}: with a space put before every "
-                    "text, an answer cannot be encoded apart from its question. Expected a byte-level tokenizer without prefix space"
+                    f"this tokenizer makes {self.tokenizer.tokens_of(self.tokenizer.encode(text))} of {text!r}: with a space put before "
+                    "every text, an answer cannot be encoded apart from its question. Expected a byte-level tokenizer without prefix space"
                 )
         assert self.stop_ids  # its own errors say what is wrong with a template
 
@@ -129,8 +129,9 @@ class ChatFormat:
                 continue
             if not whole.startswith(before + said):
                 raise ValueError(
-                    f"{_broken(before + said, whole, f'messages 0 to {k}', 'all of them')}. What is said later changes what was said before, so "
-                    "one text cannot teach all turns: take turns apart (an example for each of the assistant's), or the built-in template"
+                    f"{_broken(before + said, whole, f'messages 0 to {k}', 'all of them')}. What is said later changes what was said "
+                    "before, so one text cannot teach all turns: take turns apart (an example for each of the assistant's), or the built-in "
+                    "template"
                 )
             found += [self._piece(whole[at : len(before)], trained=False), self._piece(said, trained=True)]
             at = len(before) + len(said)
@@ -155,13 +156,15 @@ class ChatFormat:
         ends = [match.end() for match in self._special.finditer(said)]
         if not ends or said[ends[-1] :].strip():
             raise ValueError(
-                f"the chat template ends the assistant's turn with {said[-20:]!r}, and not with a special token: a model trained on it would "
-                f"not learn to stop. Expected an end such as {CHATML_TOKENS[1]}, as the built-in template has it"
+                f"the chat template ends the assistant's turn with {said[-20:]!r}, and not with a special token: a model trained on it "
+                f"would not learn to stop. Expected an end such as {CHATML_TOKENS[1]}, as the built-in template has it"
             )
         said = said[: ends[-1]]
         for words in _said_in(conversation.messages[k]):
             if words not in said:
-                raise ValueError(f"the chat template leaves out what the assistant says in message {k}: {words[:60]!r} is not in {said[:60]!r}")
+                raise ValueError(
+                    f"the chat template leaves out what the assistant says in message {k}: {words[:60]!r} is not in {said[:60]!r}"
+                )
         return before, said
 
     def _without_end_of_text(self, text: str, longer: str) -> str:
@@ -181,7 +184,9 @@ class ChatFormat:
             if (name := str(tool["function"]["name"])) not in text:
                 raise ValueError(f"the chat template does not tell the model of the function {name!r}; the built-in template does")
         if _MARK_AS_JSON in text:
-            raise ValueError(f"the chat template spells a character of the messages as {_MARK_AS_JSON}: expected tojson with ensure_ascii=false")
+            raise ValueError(
+                f"the chat template spells a character of the messages as {_MARK_AS_JSON}: expected tojson with ensure_ascii=false"
+            )
         return text
 
     # ------------------------------------------------------------------------------------- special tokens

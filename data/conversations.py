@@ -96,7 +96,9 @@ def _check_tools(messages: Sequence[Message]) -> None:
                 raise ValueError(f"message {i} is a tool's result, and no call is left that it could answer")
             continue
         if open_calls and not results:
-            raise ValueError(f"a tool call (message {i - 1}) without a result: expected a message of the tool, got one of {message['role']}")
+            raise ValueError(
+                f"a tool call (message {i - 1}) without a result: expected a message of the tool, got one of {message['role']}"
+            )
         open_calls, results = len(message.get("tool_calls") or ()), 0
 
 

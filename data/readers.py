@@ -205,7 +205,7 @@ class _Zstd(io.RawIOBase):
 
 
 def text_of(line: str, where: str, text_field: str) -> str:
-    """The text in a line of JSON, or all of the line. A byte order mark before it, as some programs write at the head of a file, is passed over."""
+    """The text in a line of JSON, or all of the line. A byte order mark, as some programs write at the head of a file, is passed over."""
     try:
         row = json.loads(line.removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:  # also for a number of too many digits, and for brackets nested too deep

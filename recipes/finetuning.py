@@ -1,7 +1,8 @@
 """What recipes of supervised fine-tuning share: a tokenizer with chat tokens, conversations on disk, and the measures before and after.
 
 The measures: loss on the supervised tokens of held-out conversations; bits per byte of text as the model was pretrained on (what is
-forgotten); right answers to held-out instructions (`data.tasks.instructions`) and right tool calls, with intervals; answers to fixed prompts.
+forgotten); right answers to held-out instructions (`data.tasks.instructions`) and right tool calls, with intervals; answers to fixed
+prompts.
 """
 
 import json
@@ -98,7 +99,8 @@ def describe_conversations(split: str, tokens: TokenCache | Mixture) -> None:
     counts = counts_of(tokens)
     share = counts["trained_tokens"] / counts["tokens"]
     logger.info(
-        f"{split}: {counts['rows']:,} conversations, {counts['examples']:,} examples, {counts['tokens']:,} tokens, {share:.1%} of them trained on"
+        f"{split}: {counts['rows']:,} conversations, {counts['examples']:,} examples, {counts['tokens']:,} tokens, "
+        f"{share:.1%} of them trained on"
     )
     if lost := [f"{counts[name]:,} {name.replace('_', ' ')}" for name in COUNTS if counts[name]]:
         logger.warning(f"{split}: {', '.join(lost)}")
@@ -127,7 +129,9 @@ def some_text(source: Source, most_bytes: int) -> Source:
     """The held-out documents, each cut to an equal share of `most_bytes`, and nothing to train on: enough to see what is forgotten."""
     documents = [source.held_out[i] for i in range(len(source.held_out))]
     share = max(200, most_bytes // len(documents))
-    cut = [{"name": each["name"], "text": each["text"].encode()[:share].decode(errors="ignore")} for each in documents[: most_bytes // share]]
+    cut = [
+        {"name": each["name"], "text": each["text"].encode()[:share].decode(errors="ignore")} for each in documents[: most_bytes // share]
+    ]
     digest = sha256(f"{source.record['sha256']} cut: {most_bytes}".encode()).hexdigest()
     size = sum(len(each["text"].encode()) for each in cut)
     record = source.record | {"sha256": digest, "held_out_bytes": size, "held_out_documents": len(cut)}

@@ -1,9 +1,9 @@
 """Turn a model that only goes on with text into one that follows small instructions.
 
-The model is what `recipes.pretrain_small` left, the instructions are made on this machine (`data.tasks.instructions`): sums, strings, and
-questions about the code of the standard library, which the model was pretrained on; some 23,000 of them, twice over. Each is written as a
-conversation in ChatML, and the model learns what the assistant says and nothing else. Measured before and after, on questions about numbers,
-words and files that were held out: the loss, the share of right answers, and what was forgotten of the old text.
+The model is what `recipes.pretrain_small` left, the instructions are made on this machine (`data.tasks.instructions`): sums, strings,
+and questions about the code of the standard library, which the model was pretrained on; some 23,000 of them, twice over. Each is written
+as a conversation in ChatML, and the model learns what the assistant says and nothing else. Measured before and after, on questions about
+numbers, words and files that were held out: the loss, the share of right answers, and what was forgotten of the old text.
 
     python -m recipes.sft_chat runs/pretrain_small-DATE-TIME
     python -m recipes.sft_chat runs/pretrain_small-DATE-TIME --data instructions:0.5,mine.jsonl:0.5
@@ -13,8 +13,7 @@ words and files that were held out: the loss, the share of right answers, and wh
 `recipes.show_chat` shows any conversation as the model reads it, what it learns from in colour. `--data` takes files of conversations in
 every usual format (`data.conversations`).
 
-Sources of the settings: the loss on the answers alone is usual since FLAN (Wei et al. 2021, arXiv:2109.01652); two passes, and a peak of the
-learning rate a fifth of `pretrain_small`'s, are single guesses.
+Sources of the settings: two passes, and a peak of the learning rate a fifth of `pretrain_small`'s, are single guesses.
 """
 
 import json
@@ -32,6 +31,7 @@ import tyro
 from loguru import logger
 from pydantic import Field, model_validator
 
+import lm
 from data.cache import TokenCache
 from data.chat import ChatFormat, Turns
 from data.chat_cache import OnBadRow, Overlong
@@ -71,6 +71,7 @@ from recipes.running import (
     trackers_of,
     watched,
 )
+from train.adapters import AdapterConfig, adapted, trained_part
 from train.averages import AverageConfig, average_rate
 from train.checkpoint import Checkpoints, digest
 from train.debug import debug_nans
@@ -91,12 +92,20 @@ class Experiment(RunConfig):
     source: Annotated[Path, tyro.conf.Positional] = Field(
         description="the model to begin with: run, Hugging Face folder, GGUF file, or owner/name on the Hub"
     )
-    data: str = Field(description="conversations: instructions (made here), a file or folder of them, hf://owner/name/split, or A:0.7,B:0.3")
-    on_bad_row: OnBadRow = Field("error", description="what to do with a row that is no conversation to learn from; skipped ones are counted")
+    data: str = Field(
+        description="conversations: instructions (made here), a file or folder of them, hf://owner/name/split, or A:0.7,B:0.3"
+    )
+    on_bad_row: OnBadRow = Field(
+        "error", description="what to do with a row that is no conversation to learn from; skipped ones are counted"
+    )
     overlong: Overlong = Field("split", description="a conversation longer than a row: drop it, truncate its end, or split it at its turns")
-    turns: Turns = Field("together", description="all turns of the assistant in one row, or apart, for templates that rewrite earlier turns")
+    turns: Turns = Field(
+        "together", description="all turns of the assistant in one row, or apart, for templates that rewrite earlier turns"
+    )
     template: Template = Field("auto", description="chat template: the model's own, the built-in chatml, or auto: its own if it has one")
-    text: str = Field("auto", description="text that may be forgotten, as --data of pretrain_small; auto: what the run SOURCE was trained on")
+    text: str = Field(
+        "auto", description="text that may be forgotten, as --data of pretrain_small; auto: what the run SOURCE was trained on"
+    )
     text_bytes: int = Field(200_000, ge=1000, description="bytes of its held-out part that are measured")
     seq: int | None = Field(None, gt=1, description="tokens of a row; None: the model's context, 1024 at most")
     packing: Literal["best_fit", "pad"] = Field("best_fit", description="several conversations a row, which do not see one another, or one")
@@ -105,6 +114,7 @@ class Experiment(RunConfig):
 
     steps: int | None = resumable(None, ge=1, description="optimizer steps; None: as many as --epochs are")
     epochs: float = Field(2.0, gt=0, allow_inf_nan=False, description="passes over the conversations, where --steps is not given")
+    adapter: AdapterConfig = AdapterConfig(kind="none")
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig(peak=1e-3, warmup=0.05)
     average: AverageConfig = AverageConfig()
@@ -128,7 +138,8 @@ class Config(Experiment):
     """The experiment on a small model of ours."""
 
     data: str = Field(
-        instructions.NAME, description="conversations: instructions (made here), a file or folder of them, hf://owner/name/split, or A:0.7,B:0.3"
+        instructions.NAME,
+        description="conversations: instructions (made here), a file or folder of them, hf://owner/name/split, or A:0.7,B:0.3",
     )
     prompts: tuple[str, ...] = resumable(
         (
@@ -202,14 +213,24 @@ def run(config: Experiment, folder: Path, recipe: str) -> None:
         if asked is not source:
             questions += tool_questions(form, source, config.questions)
 
+    # Adapters, if any: they are trained in place of the weights, and with them the rows of new tokens.
+    with_adapters = config.adapter.kind != "none"
+    also = new_rows(loaded, model) if with_adapters else ()
+    base = lm.Base.of(model, config.source.name) if with_adapters else None
+    began = digest(eqx.filter(loaded, eqx.is_array))
+    adapter_key, dropout_key = jr.split(jr.key(config.seed))
+
     # Optimizer and step. Moments begin at zero: the text is another.
     optimizer = build_optimizer(config.optimizer)
-    dropout_key = jr.split(jr.key(config.seed))[1]
-    began = digest(eqx.filter(loaded, eqx.is_array))
 
     def fresh_state() -> TrainState:
-        own = jax.tree.map(jnp.array, model)  # the step takes the arrays it is given, and the model is measured again
-        return init_state(own, optimizer, frozen=config.optimizer.frozen, average=config.average.name != "none")
+        own = adapted(jax.tree.map(jnp.array, model), config.adapter, key=adapter_key)  # its own arrays: the step takes those it is given
+        trained = trained_part(own, config.adapter, also)
+        return init_state(own, optimizer, frozen=config.optimizer.frozen, trainable=trained, average=config.average.name != "none")
+
+    begun = fresh_state()
+    n_trained = sum(leaf.size for leaf in jax.tree.leaves(begun.trainable))
+    logger.info(f"adapter: {config.adapter.kind}; {n_trained:,} numbers are trained")
 
     compiled = make_step(optimizer, config.step, flight, ops, dropout_key, donate=not config.debug_nans, measured=True)
     step = debug_nans(compiled) if config.debug_nans else compiled
@@ -243,12 +264,14 @@ def run(config: Experiment, folder: Path, recipe: str) -> None:
         "tokenizer": {"digest": tokenizer.digest, "vocab": tokenizer.vocab_size},
         "packing": rows.describe(),
         "mixture": mixture,
-        "model": {"model_type": shape.model_type, "parameters": model.n_params, **shape.model_dump()},
+        "model": {"model_type": shape.model_type, "parameters": model.n_params, "trained": n_trained, **shape.model_dump()},
+        "adapter": config.adapter.model_dump(mode="json"),
         "steps": total,
         "tokens": rows.pairs_in(total * config.batch),  # padding is none
         "seed": config.seed,
     }
     identity = {"conversations": source.record["sha256"], "tokenizer": tokenizer.digest, "model": began}
+    kept_apart = {} if base is None else {"base": base.record(), "adapter": config.adapter.model_dump(mode="json"), "also": list(also)}
 
     # The loop.
     rate, rate_of_average = learning_rate(config.schedule, total), average_rate(config.average, total)
@@ -256,12 +279,17 @@ def run(config: Experiment, folder: Path, recipe: str) -> None:
     lost = {name: conversations["train"][name] for name in ("truncated", "dropped_overlong", "dropped_nothing_trained")}
 
     def judged(state: TrainState) -> AbstractLM:
-        """The model to validate, ask and export: at the average of the weights where there is one and it is to be used."""
+        """The model to validate and save: at the average of the weights where there is one and it is to be used."""
         averaged = state.averaged if config.average.use else None
         return state.model if averaged is None else averaged
 
+    def plain(state: TrainState) -> AbstractLM:
+        """The same, adapters merged into the weights: to ask, and to export."""
+        return lm.merge(judged(state)) if with_adapters else judged(state)
+
     with Checkpoints(folder / "checkpoints", keep_latest=config.keep_latest) as checkpoints:
-        state, start, record = restore(checkpoints, jax.eval_shape(fresh_state), identity, total) or (fresh_state(), 0, {"train_s": 0.0})
+        found = restore(checkpoints, begun, identity, total, by_reference=with_adapters)
+        state, start, record = found or (begun, 0, {"train_s": 0.0})
         manifest["sessions"] = begin_session(recipe, folder, config, start, session_facts(device, ops, flight, peak))
         write_json(folder / "manifest.json", manifest)
         begin = time.monotonic() - record["train_s"]
@@ -303,12 +331,12 @@ def run(config: Experiment, folder: Path, recipe: str) -> None:
                         log.log(done, val_loss=val_loss)
                     if config.prompts and done % config.sample_every == 0 and done < total:
                         asked_now = form.prompt([{"role": "user", "content": config.prompts[0]}])
-                        reply = answer(judged(state), form, [asked_now], most=config.answer_tokens)[0]
+                        reply = answer(plain(state), form, [asked_now], most=config.answer_tokens)[0]
                         log.message(f"step {done}, asked {config.prompts[0]!r}: {reply!r}")
                     if done % config.save_every == 0 or done == total or interrupt.due(done):
                         record = {"identity": identity, "val_loss": val_loss, "train_s": time.monotonic() - begin}
                         record |= {"model_type": shape.model_type, "model": shape.model_dump(), "use_average": config.average.use}
-                        checkpoints.save(done, state.items(), record, metric=val_loss)
+                        checkpoints.save(done, state.items(by_reference=with_adapters), record | kept_apart, metric=val_loss)
                     if interrupt.due(done):
                         checkpoints.wait()
                         log.message(f"stopped at step {done} of {total}, everything saved. Go on with:\n  {how_to_resume(folder, recipe)}")
@@ -316,7 +344,7 @@ def run(config: Experiment, folder: Path, recipe: str) -> None:
 
     # After.
     logger.info("measuring the model as it has become")
-    after = measure(judged(state), token_nats, form, held_out, text, questions, config.prompts, **measured)
+    after = measure(plain(state), token_nats, form, held_out, text, questions, config.prompts, **measured)
     speed = float(np.median([line["tokens_per_s"] for line in read_metrics(folder / "metrics.jsonl") if "tokens_per_s" in line]))
     results: dict[str, Any] = {"steps": total, "mixture": mixture, "conversations": conversations}
     results |= {"skipped": int(state.stats.skipped), "spikes": int(state.stats.spikes), "train_s": record["train_s"]}
@@ -328,9 +356,18 @@ def run(config: Experiment, folder: Path, recipe: str) -> None:
         results["forgotten"] = after["text"]["bits_per_byte"] - before["text"]["bits_per_byte"]
     plot_curves(folder / "metrics.jsonl", folder / "loss.png", title=f"{model.n_params / 1e6:,.0f}M parameters on {source.name}")
     plot_tasks(before["tasks"], after["tasks"], folder / "tasks.png")
-    export(judged(state), tokenizer, folder / "export", manifest=manifest, results=results)
+    if base is not None:
+        lm.save_adapter(judged(state), folder / "adapter", base=base, also=also)
+    export(plain(state), tokenizer, folder / "export", manifest=manifest, results=results)
     write_json(folder / "results.json", results)
     show(before, after, results, folder)
+
+
+def new_rows(old: AbstractLM, grown: AbstractLM) -> tuple[str, ...]:
+    """The roles of the matrices that got rows for new tokens, which no adapter could teach."""
+    if grown.config.vocab == old.config.vocab:
+        return ()
+    return ("embed.weight",) if getattr(grown, "unembed", None) is None else ("embed.weight", "unembed.weight")
 
 
 def text_to_remember(config: Experiment, tokenizer: Any) -> Any:

@@ -31,7 +31,8 @@ class Config(sft_chat.Experiment):
     """The values of this recipe; what is not named is as in `sft_chat`."""
 
     source: Annotated[Path, tyro.conf.Positional] = Field(
-        Path("HuggingFaceTB/SmolLM2-135M-Instruct"), description="the model to begin with: run, Hugging Face folder, GGUF file, or owner/name"
+        Path("HuggingFaceTB/SmolLM2-135M-Instruct"),
+        description="the model to begin with: run, Hugging Face folder, GGUF file, or owner/name",
     )
     text: str = Field("stdlib", description="text that may be forgotten, as --data of pretrain_small; none: it is not measured")
     text_bytes: int = Field(60_000, ge=1000, description="bytes of its held-out part that are measured")
@@ -48,7 +49,7 @@ class Config(sft_chat.Experiment):
             "What is the capital of France?",
             "Name three uses of a brick.",
             "Explain in one sentence why the sky is blue.",
-            "Write the word \"lamp\" backwards.",
+            'Write the word "lamp" backwards.',
             "What is 17 + 25?",
         ),
         description="what the model is asked before and after",

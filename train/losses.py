@@ -126,7 +126,15 @@ def _scores(ops: Ops, h: Array, weight: Array, target: Array, softcap: float | N
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
 def _fused(
-    ops: Ops, dtype: Any, z_loss: float, softcap: float | None, measured: bool, hidden: Array, unembedding: Array, targets: Array, weights: Array
+    ops: Ops,
+    dtype: Any,
+    z_loss: float,
+    softcap: float | None,
+    measured: bool,
+    hidden: Array,
+    unembedding: Array,
+    targets: Array,
+    weights: Array,
 ) -> tuple[Array, tuple[Array, ...]]:
     """(total, what is only reported) over chunks, without gradients: what evaluation runs."""
     weight = unembedding.astype(dtype)

@@ -1,8 +1,8 @@
 """Small instructions with one right answer, made on this machine: sums, strings, and questions about the code of the standard library.
 
 Each is a row `{"messages", "task", "answer"}`. What is held out depends on what is asked about, not on how: the two numbers of a sum, the
-word, the source file; so no held-out question was trained on in another phrasing, nor with its operands swapped. `score` says whether a reply
-is right.
+word, the source file; so no held-out question was trained on in another phrasing, nor with its operands swapped. `score` says whether a
+reply is right.
 
     arithmetic   What is 23 + 45?                                       → 68
     strings      Write the word "lamp" backwards.                       → pmal
@@ -31,7 +31,13 @@ LONGEST = 240  # characters of code in a question
 
 TASKS = ("arithmetic", "strings", "arguments", "signature", "completion")
 
-_SUMS = ("What is {a} {sign} {b}?", "{a} {sign} {b} =", "Calculate {a} {sign} {b}.", "Please work out {a} {sign} {b}.", "How much is {a} {sign} {b}?")
+_SUMS = (
+    "What is {a} {sign} {b}?",
+    "{a} {sign} {b} =",
+    "Calculate {a} {sign} {b}.",
+    "Please work out {a} {sign} {b}.",
+    "How much is {a} {sign} {b}?",
+)
 _STRING_TASKS = {  # asked how → answered how
     "backwards": (
         ('Write the word "{word}" backwards.', 'Reverse "{word}".', 'Spell "{word}" from its end to its start.'),
@@ -95,7 +101,9 @@ def _rows(rows: int, seed: int, root: Path) -> Iterator[tuple[str, dict[str, Any
             group, question, answer = _code(rng, files, task)
         in_vain += 1
         if in_vain > IN_VAIN:
-            raise ValueError(f"there are hardly more than {len(asked) // len(TASKS)} different questions of the task '{task}': make fewer rows")
+            raise ValueError(
+                f"there are hardly more than {len(asked) // len(TASKS)} different questions of the task '{task}': make fewer rows"
+            )
         if question not in asked:
             asked.add(question)
             in_vain = 0
@@ -143,7 +151,9 @@ class _Function:
             if argument is not None:
                 argument.annotation = None
         no_defaults: list[ast.expr | None] = [None] * len(given.kwonlyargs)
-        self.arguments = ast.unparse(ast.arguments(given.posonlyargs, given.args, given.vararg, given.kwonlyargs, no_defaults, given.kwarg, []))
+        self.arguments = ast.unparse(
+            ast.arguments(given.posonlyargs, given.args, given.vararg, given.kwonlyargs, no_defaults, given.kwarg, [])
+        )
         self.header = f"def {node.name}({ast.unparse(node.args)}):"
         self.doc = (ast.get_docstring(node) or "").split("\n")[0]
         body = (line.strip() for line in lines[node.lineno : node.end_lineno])
@@ -165,7 +175,8 @@ def _functions_by_file(root: Path) -> list[tuple[str, list[_Function]]]:
 
 
 _PACKAGES = (  # of the standard library; those read for their own sake
-    "asyncio", "collections", "concurrent/futures", "email", "html", "http", "importlib", "json", "logging", "multiprocessing", "urllib", "xml/dom",
+    "asyncio", "collections", "concurrent/futures", "email", "html", "http",
+    "importlib", "json", "logging", "multiprocessing", "urllib", "xml/dom",
 )  # fmt: skip
 
 

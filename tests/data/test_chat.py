@@ -13,15 +13,16 @@ from data.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
 QWEN3, SMOLLM2 = ((HERE / "templates" / f"{name}.jinja").read_text(encoding="utf-8") for name in ("qwen3", "smollm2"))
-# Llama 3 as published, without dates and tools; Phi-3: EOS after the last message only, white space taken along.
+# Llama 3's without dates and tools, and Phi-3's, which writes EOS after the last message only; with the tokens of our tokenizer.
 LLAMA3 = (
-    "{% for m in messages %}{{ (bos_token if loop.first else '') + '<|user|>' + m.role + '<|tool|>\n\n' + m.content | trim + '<|im_end|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|user|>assistant<|tool|>\n\n' }}{% endif %}"
+    "{% for m in messages %}{{ (bos_token if loop.first else '') + '<|user|>' + m.role + '<|tool|>\n\n' }}"
+    "{{ m.content | trim + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|user|>assistant<|tool|>\n\n' }}{% endif %}"
 )
 PHI3 = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
+ENDLESS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 HELLO = {"role": "user", "content": "Hi there"}
 TALK = (
     {"role": "system", "content": "Be terse."},
@@ -105,7 +106,9 @@ def test_a_template_that_rewrites_earlier_turns_is_named_and_its_turns_can_be_le
     form = form_of(tokenizer, QWEN3)
     single = learned(form, TALK[:3])
     assert single == [["<think>\n\n</think>\n\nHello \n<|im_end|>"]] or single == [["<think>\n\n</think>\n\n  Hello \n<|im_end|>"]]
-    with pytest.raises(ValueError, match=r"breaks the prefix property at character \d+: rendering messages 0 to 2 gives .*think.* take turns apart"):
+    with pytest.raises(
+        ValueError, match=r"breaks the prefix property at character \d+: rendering messages 0 to 2 gives .*think.* take turns apart"
+    ):
         form.encode(Conversation(TALK))
     apart = form_of(tokenizer, QWEN3, turns="apart")
     assert [len(example) for example in learned(apart, TALK)] == [1, 1]
@@ -118,7 +121,7 @@ def test_a_template_that_rewrites_earlier_turns_is_named_and_its_turns_can_be_le
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}", r"ends the assistant's turn with 'b\\n', and not with a special token"),
+        (ENDLESS, r"ends the assistant's turn with 'b\\n', and not with a special token"),
         (SMOLLM2.replace("{{ '<|im_start|>assistant\n' }}", "<|im_start|>model\n"), "and the opening of an answer gives"),
         (CHATML.replace("(message.content or '')", "'x'"), "leaves out what the assistant says in message 1: 'b' is not in 'x"),
     ],
@@ -140,7 +143,9 @@ def test_a_tokenizer_with_a_space_before_every_text_is_refused() -> None:
     core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
     core.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(["a b"], tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<|im_end|>"]))
+    core.train_from_iterator(
+        ["a b"], tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<|im_end|>"])
+    )
     with pytest.raises(ValueError, match="with a space put before every text"):
         ChatFormat(Tokenizer(core, bos=None, eos="<|im_end|>", pad=None, chat_templates={"default": CHATML}))
 
@@ -156,7 +161,7 @@ def test_the_built_in_template_begins_with_bos_once(tokenizer) -> None:
     assert render({"default": CHATML}, [HELLO], bos_token="<|im_start|>").startswith("<|im_start|>user\nHi there")
     assert render({"default": CHATML}, [HELLO]).startswith("<|im_start|>user\nHi there")
     system = render({"default": CHATML}, TALK[:2], tools=[WEATHER])
-    assert system.count("Be terse.") == 1 and system.count("<|im_start|>system") == 1
+    assert (system.count("Be terse."), system.count("<|im_start|>system")) == (1, 1)
 
 
 def test_new_tokens_get_the_next_ids_and_others_stay(tokenizer) -> None:

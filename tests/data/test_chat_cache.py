@@ -46,7 +46,7 @@ def test_marks_are_kept_and_found_again(form, tmp_path) -> None:
     assert (counts["rows"], counts["examples"], counts["tokens"]) == (2, 2, cache.total_tokens)
     assert counts["trained_tokens"] == cache.trained.sum()
     again = built(form, rows, tmp_path)
-    assert again.folder == cache.folder and again.record["counts"] == counts
+    assert (again.folder, again.record["counts"]) == (cache.folder, counts)
     assert built(form, rows, tmp_path, seq=399).folder != cache.folder
     (cache.folder / "trained.bin").write_bytes(bytes(len(cache.tokens)))
     assert built(form, rows, tmp_path).trained.sum() == counts["trained_tokens"]  # damage is noticed, and mended
@@ -57,7 +57,7 @@ def test_what_is_too_long_is_dropped_cut_or_split_and_counted(form, tmp_path) ->
     lengths = built(form, rows, tmp_path).lengths
     seq = int(lengths[1]) // 2
     drop, truncate, split = (built(form, rows, tmp_path, seq=seq, overlong=how) for how in ("drop", "truncate", "split"))
-    assert drop.record["counts"]["dropped_overlong"] == 1 and len(drop) == 1
+    assert (drop.record["counts"]["dropped_overlong"], len(drop)) == (1, 1)
     assert truncate.record["counts"] | {"truncated": 1, "tokens_cut": int(lengths[1]) - seq - 1} == truncate.record["counts"]
     assert max(truncate.lengths) == seq + 1
     assert split.record["counts"] | {"split": 1, "truncated": 0, "tokens_cut": 0} == split.record["counts"]
@@ -101,7 +101,9 @@ def test_rows_hold_whole_conversations_and_learn_the_answers_alone(form, tmp_pat
             inside = segments == segment
             assert positions[inside].tolist() == list(range(inside.sum()))
             text = form.tokenizer.decode(np.append(tokens[inside], targets[inside][-1]), skip_special_tokens=False)
-            assert text.startswith("<|bos|><|im_start|>user\n") and text.endswith("<|im_end|>\n")
+            assert text.startswith("<|bos|><|im_start|>user\n")
+            assert text.endswith("<|im_end|>\n")
             answer = form.tokenizer.decode(targets[inside & (weights > 0)], skip_special_tokens=False)
-            assert answer.startswith("one two") and answer.endswith("<|im_end|>")
+            assert answer.startswith("one two")
+            assert answer.endswith("<|im_end|>")
         assert not weights[segments == 0].any()

@@ -64,7 +64,10 @@ def test_alpacas_frame_is_taken_off_a_prompt() -> None:
         ({"messages": [USER, {"role": "assistant", "content": " "}]}, "is empty and calls no tool"),
         ({"messages": [USER, {"role": "assistant", "content": 4}]}, "message 1, of the assistant, has the content 4: expected a text"),
         ({"messages": [{"role": "user"}, ANSWER]}, "message 0, of the user, has the content None"),
-        ({"messages": [USER, CALLED, ANSWER]}, r"a tool call \(message 1\) without a result: expected a message of the tool, got one of assi"),
+        (
+            {"messages": [USER, CALLED, ANSWER]},
+            r"a tool call \(message 1\) without a result: expected a message of the tool, got one of assi",
+        ),
         ({"messages": [USER, RESULT, ANSWER]}, "message 1 is a tool's result, and no call is left"),
         ({"messages": [USER, CALLED, RESULT, RESULT, ANSWER]}, "message 3 is a tool's result, and no call is left"),
         ({"messages": ["Hi"]}, "message 0 is 'Hi': expected an object with role and content"),
@@ -100,7 +103,9 @@ def test_rows_come_from_the_files_that_texts_come_from(tmp_path, monkeypatch) ->
     whole = open_conversations(str(tmp_path))
     assert whole.record["documents"] == 135
     assert whole.record["left_out"] == {"*.md": 1}
-    (tmp_path / "code.py").write_text("".join(f'def f{i}(a):\n    """Some words of it."""\n    return a.some_value({i}, a)\n' for i in range(50)))
+    (tmp_path / "code.py").write_text(
+        "".join(f'def f{i}(a):\n    """Some words of it."""\n    return a.some_value({i}, a)\n' for i in range(50))
+    )
     made = functools.partial(instructions.source, 40, root=tmp_path)
     monkeypatch.setattr(instructions, "source", made)
     mixed = open_conversations(f"{tmp_path / 'rows.jsonl'}:0.5,instructions:0.5")
@@ -112,13 +117,13 @@ def test_files_that_hold_no_rows_are_refused_in_words(tmp_path) -> None:
     (tmp_path / "b.json").write_text('{"messages": []}')
     (tmp_path / "c.json").write_text('{"a": 1}\n{"a": 2}\n')
     (tmp_path / "d.jsonl").write_text('{"a": 1}\n[1]\n')
-    with pytest.raises(ValueError, match="is no file of conversations. Accepted: hf://"):
+    with pytest.raises(ValueError, match=r"is no file of conversations. Accepted: hf://"):
         open_conversations(str(tmp_path / "a.txt"))
     with pytest.raises(ValueError, match="holds dict: expected a JSON list of objects"):
         open_conversations(str(tmp_path / "b.json"))
     with pytest.raises(ValueError, match=r"is not JSON.* If it holds one object a line, name it .jsonl"):
         open_conversations(str(tmp_path / "c.json"))
-    with pytest.raises(ValueError, match="line 2 of .* has a list: expected an object, one a line"):
+    with pytest.raises(ValueError, match=r"line 2 of .* has a list: expected an object, one a line"):
         open_conversations(str(tmp_path / "d.jsonl"))
-    with pytest.raises(ValueError, match="'nowhere' does not exist. Accepted: hf://"):
+    with pytest.raises(ValueError, match=r"'nowhere' does not exist\. Accepted: hf://"):
         open_conversations("nowhere")
