@@ -130,8 +130,8 @@ class ChatFormat:
             if not whole.startswith(before + said):
                 raise ValueError(
                     f"{_broken(before + said, whole, f'messages 0 to {k}', 'all of them')}. What is said later changes what was said "
-                    "before, so one text cannot teach all turns: take turns apart (an example for each of the assistant's), or the built-in "
-                    "template"
+                    "before, so one text cannot teach all turns: take turns apart (an example for each of the assistant's), or the "
+                    "built-in template"
                 )
             found += [self._piece(whole[at : len(before)], trained=False), self._piece(said, trained=True)]
             at = len(before) + len(said)

@@ -276,7 +276,8 @@ def run(config: Experiment, folder: Path, recipe: str) -> None:
     # The loop.
     rate, rate_of_average = learning_rate(config.schedule, total), average_rate(config.average, total)
     looks = {"new": list(evaluation_batches(held_out, batch=config.batch, seq=seq, stride=seq, max_rows=config.validate_rows))}
-    lost = {name: conversations["train"][name] for name in ("truncated", "dropped_overlong", "dropped_nothing_trained")}
+    counts = conversations["train"]
+    lost = {"truncated": counts["truncated"], "dropped": counts["dropped_overlong"] + counts["dropped_nothing_trained"]}
 
     def judged(state: TrainState) -> AbstractLM:
         """The model to validate and save: at the average of the weights where there is one and it is to be used."""

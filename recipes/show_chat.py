@@ -70,10 +70,14 @@ def main(config: Config) -> None:
 
 
 def show(console: Console, form: ChatFormat, name: str, example: Example) -> None:
-    """One example: each token in its colour, line breaks as ⏎ and as such."""
+    """One example: each token in its colour, line breaks as ⏎ and as such. What is trained on stands in ⟦ ⟧ where there are no colours."""
     text = Text()
     specials = {form.tokenizer.id_of(name) for name in form.tokenizer.special_tokens}
+    open_bracket = False
     for token, piece, trained in zip(example.tokens, form.tokenizer.tokens_of(example.tokens), example.trained, strict=True):
+        if console.color_system is None and trained != open_bracket:
+            text.append("⟦" if trained else "⟧")
+            open_bracket = trained
         style = f"{SPECIAL if int(token) in specials else ''} {TRAINED if trained else READ}".strip()
         text.append(piece.replace("\n", "⏎\n"), style=style)
     count, learned = len(example.tokens), int(example.trained.sum())

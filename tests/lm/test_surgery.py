@@ -31,4 +31,4 @@ def test_it_grows_by_nothing_or_says_why_not() -> None:
     with pytest.raises(ValueError, match="has 97 rows in its embedding, more than the 96"):
         grow_vocab(model, 96)
     with pytest.raises(ValueError, match="a packed embedding cannot grow"):
-        grow_vocab(lm.quantised(tiny("qwen3", n_layers=1), jnp.float32), 103)
+        grow_vocab(lm.quantised(tiny("qwen3", n_layers=1)), 103)
