@@ -220,6 +220,34 @@ class Tokenizer:
             self.chat_templates, messages, tools=tools, add_generation_prompt=add_generation_prompt, **(names | extra)
         )
 
+    @property
+    def special_tokens(self) -> dict[str, tokenizers.AddedToken]:
+        """What text never becomes (`encode`) and templates do (`encode_with_specials`), by its name."""
+        return {token.content: token for token in self._core.get_added_tokens_decoder().values() if token.special}
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its name; `None` where there is none."""
+        return self._core.token_to_id(token)
+
+    def changed(self, *, special_tokens: Sequence[str] = (), chat_template: str | None = None, eos: str | None = None) -> Self:
+        """This tokenizer with further special tokens, at the next free ids, with another chat template, with another EOS. All other ids
+        stay. A chat model's EOS is by custom what ends its turn: whoever generates stops there.
+
+        A model needs as many rows in its embedding: `lm.surgery.grow_vocab`.
+        """
+        core = tokenizers.Tokenizer.from_str(self._core.to_str())
+        new = [name for name in special_tokens if core.token_to_id(name) is None]
+        for place, name in enumerate(new):
+            core.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False)])
+            if (found := core.token_to_id(name)) != self.vocab_size + place:
+                raise ValueError(
+                    f"{name!r} would get id {found}, not {self.vocab_size + place}: the ids of this tokenizer have holes. "
+                    "Add the tokens to its tokenizer.json by hand, at ids that are free"
+                )
+        templates = self.chat_templates if chat_template is None else {"default": chat_template}
+        names = self._names if eos is None else self._names | {"eos": eos}
+        return type(self)(core, **names, others=self._others, chat_templates=templates)
+
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256, in hex, of the compact `tokenizer.json` text: equal digests, equal ids for every text."""

@@ -139,7 +139,7 @@ def _file_shape(pieces: list[Piece]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _cut(tensor: np.ndarray, pieces: list[Piece]) -> list[np.ndarray]:
+def cut(tensor: np.ndarray, pieces: list[Piece]) -> list[np.ndarray]:
     """A tensor of the file → what it holds of each leaf."""
     whole = tensor.swapaxes(-1, -2) if pieces[0].stored.transposed else tensor
     if len(pieces) == 1:
@@ -150,7 +150,7 @@ def _cut(tensor: np.ndarray, pieces: list[Piece]) -> list[np.ndarray]:
     return [piece.from_turns(turn) for piece, turn in zip(pieces, turns, strict=True)]
 
 
-def _joined(arrays: list[np.ndarray], pieces: list[Piece]) -> np.ndarray:
+def joined(arrays: list[np.ndarray], pieces: list[Piece]) -> np.ndarray:
     """What it holds of each leaf → a tensor of the file."""
     whole = arrays[0]
     if len(pieces) > 1:
@@ -195,7 +195,7 @@ def load_weights(
     filling: dict[str, np.ndarray] = {}  # of experts, until all are in
     for key, pieces in wanted.items():
         tensor = _tensor_of(key, pieces, {source: found[source] for source in sources[key]})
-        for piece, array in zip(pieces, _cut(tensor, pieces), strict=True):
+        for piece, array in zip(pieces, cut(tensor, pieces), strict=True):
             if piece.path not in filling:
                 filling[piece.path] = _buffer(piece.leaf.shape, np.dtype(tensor.dtype if dtype is None else dtype))
             filling[piece.path][... if piece.expert is None else piece.expert] = array
@@ -291,7 +291,7 @@ def save_folder(
 
 def _gathered(pieces: list[Piece], dtype: np.dtype) -> np.ndarray:
     """The tensor of the file that holds these pieces."""
-    return _joined([_on_host(piece).astype(dtype, copy=False) for piece in pieces], pieces)
+    return joined([_on_host(piece).astype(dtype, copy=False) for piece in pieces], pieces)
 
 
 def _on_host(piece: Piece) -> np.ndarray:

@@ -16,11 +16,11 @@ PACKAGES = ("lm", "data", "train", "recipes")
 
 # From the ground up; a module may import its own floor (without circles) and those before it.
 LM_FLOORS = (
-    ("masks", "kernels", "kernels_cpu", "kernels_experts", "quant"),
+    ("masks", "kernels", "kernels_cpu", "kernels_experts", "quant", "digests"),
     ("layers", "rope", "cache", "moe"),
     ("base",),
     ("attention",),
-    ("flight", "adapters", "surgery", "inside", "generate", "hf", "hf_config", "hf_files", "hub", "gguf", "models.*"),
+    ("flight", "adapters", "adapter_files", "surgery", "inside", "generate", "hf", "hf_config", "hf_files", "hub", "gguf", "models.*"),
     ("models",),
     ("",),  # lm/__init__.py
 )

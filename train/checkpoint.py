@@ -32,7 +32,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from loguru import logger
 
-from train.digests import digest_of, has_no_elements, leaf_digests
+from lm.digests import digest_of, has_no_elements, leaf_digests
 from train.seals import FORMAT, RECORD, SEAL, CheckpointError, Damage, check_target, first_line, newest_sound, read_sealed, steps_in
 
 _TMP = ".orbax-checkpoint-tmp"  # how Orbax ends the name of a step that is not yet whole

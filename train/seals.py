@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from loguru import logger
 
-from train.digests import digest_of, layout, path_of
+from lm.digests import digest_of, layout, path_of
 
 FORMAT = 1  # of the seal; raised when an older reader would be misled
 RECORD, SEAL = "record", "seal"

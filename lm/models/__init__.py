@@ -1,12 +1,13 @@
 """The drawings, by the name Hugging Face files know them under. A new architecture is one file beside these and one line here."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from jaxtyping import Array, Key
 
-from lm import gguf
+from lm import adapter_files, gguf
+from lm.adapter_files import Base
 from lm.base import AbstractLM
 from lm.hf import MAX_SHARD_BYTES, Names, Shardings, abstract, load_weights, save_folder
 from lm.hf_files import CONFIG_FILE, read_json
@@ -30,6 +31,8 @@ from lm.models import (
     qwen3_moe,
     smollm3,
 )
+
+Model = TypeVar("Model", bound=AbstractLM)
 
 
 class Architecture(NamedTuple):
@@ -140,3 +143,32 @@ def save_pretrained(
     save_folder(
         model, architecture_of(model.config).hf_names, Path(folder), dtype=dtype, max_shard_bytes=max_shard_bytes, extra_config=extra_config
     )
+
+
+def save_adapter(model: AbstractLM, folder: str | Path, *, base: Base, also: Sequence[str] = ()) -> None:
+    """Write the adapters of a model as PEFT keeps them: `adapter_model.safetensors` (fp32) and `adapter_config.json`.
+
+    **Arguments:**
+
+    - `base`: the model they belong to, `lm.Base.of(model, name)` taken when it was loaded: its name goes into the config, its digest into
+      the metadata of the tensors.
+    - `also`: roles or paths of what was trained beside them, as given to `trainable_filter`; the whole module of each is written, as PEFT's
+      `modules_to_save`.
+
+    **Raises:** `ValueError` for a model without adapters, and for adapters PEFT cannot tell of: rsLoRA or DoRA on some only.
+    """
+    adapter_files.save_adapter(model, architecture_of(model.config).hf_names, Path(folder), base=base, also=also)
+
+
+def load_adapter(model: Model, folder: str | Path, *, base: Base | None = None) -> Model:
+    """The model with the adapters of a folder: written by `save_adapter` or by PEFT.
+
+    **Arguments:**
+
+    - `base`: what `model` was before it was cast or packed; `None`: it is as it was loaded. Looked at where the file has a digest; PEFT
+      itself writes none, and then names and shapes have to do.
+
+    **Raises:** `FileNotFoundError` where a file is missing; `ValueError` for another base, for tensors this model has no place for, and for
+    settings that are not LoRA's, rsLoRA's or DoRA's.
+    """
+    return adapter_files.load_adapter(model, architecture_of(model.config).hf_names, Path(folder), base=base)

@@ -89,7 +89,7 @@ def test_digest_and_checkpoint_are_equal_on_four_devices(tmp_path: Path) -> None
         import sys, jax, jax.numpy as jnp
         from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
         from train.checkpoint import Checkpoints
-        from train.digests import digest
+        from lm.digests import digest
         assert jax.device_count() == 4
         for kind in (AxisType.Auto, AxisType.Explicit):
             mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(kind, kind))

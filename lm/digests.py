@@ -1,7 +1,7 @@
 """Fingerprints of trees of arrays: equal on any mesh, different after any flipped bit.
 
-`digest` is one of a whole tree, `leaf_digests` one for each leaf. They seal checkpoints (`train.seals`) and say which weights a run began
-from.
+`digest` is one of a whole tree, `leaf_digests` one for each leaf. They seal checkpoints, say which weights a run began from, and tell an
+adapter its base.
 """
 
 import json

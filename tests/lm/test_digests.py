@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.digests import digest
+from lm.digests import digest
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "int8", "uint16", "int64"])
