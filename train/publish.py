@@ -24,6 +24,10 @@ class SavableTokenizer(Protocol):
     def eos_id(self) -> int | None: ...
     @property
     def pad_id(self) -> int | None: ...
+    @property
+    def prompt_prefix(self) -> tuple[int, ...]: ...
+    @property
+    def opening_id(self) -> int | None: ...
     def save(self, folder: Path, *, model_max_length: int | None = None) -> None: ...
 
 
@@ -45,13 +49,13 @@ def export(
     tokenizer.save(beside, model_max_length=model.config.context)
     generation = ids | {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "max_length": model.config.context}
     (beside / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-    (beside / "README.md").write_text(card(manifest, results, tokenizer.bos_id), encoding="utf-8")
+    (beside / "README.md").write_text(card(manifest, results, opening_of(tokenizer)), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
 
 
-def card(manifest: Mapping[str, Any], results: Mapping[str, Any], bos_id: int | None) -> str:
-    """The model card, in the Hub's format: front matter, then words."""
+def card(manifest: Mapping[str, Any], results: Mapping[str, Any], opening: str) -> str:
+    """The model card, in the Hub's format: front matter, then words. `opening` is a sentence on how documents begin."""
     corpus, model, device = manifest["corpus"], manifest["model"], manifest["sessions"][-1]["device"]
     text = f"the standard library of {corpus['python']}" if "python" in corpus else f"{corpus['kind']} source"
     kv_heads = model.get("n_kv_heads", model["n_heads"])
@@ -83,10 +87,17 @@ def card(manifest: Mapping[str, Any], results: Mapping[str, Any], bos_id: int | 
         'model = AutoModelForCausalLM.from_pretrained("this folder")',
         "```",
         "",
-        *([] if bos_id is None else [f"A document begins with token {bos_id}, which the tokenizer does not add by itself.", ""]),
+        opening,
+        "",
         f"Layers {model['n_layers']}, width {model['d_model']}, heads {model['n_heads']} ({kv_heads} for keys), "
         f"MLP {model['d_ff']}, vocabulary {model['vocab']:,}, context {model['context']:,}; seed {manifest['seed']}; "
         f"corpus sha256 `{corpus['sha256']}`.",
         "",
     ]
     return "\n".join(lines)
+
+
+def opening_of(tokenizer: SavableTokenizer) -> str:
+    """How documents began in training, and whether `tokenizer(text)` in `transformers` begins so."""
+    itself = "as the tokenizer begins every text" if tokenizer.prompt_prefix else "which the tokenizer does not add by itself"
+    return f"In training a document began with token {tokenizer.opening_id}, {itself}."
