@@ -186,6 +186,7 @@ def read(
         chunk[0, :count] = tokens[done : done + count]
         state = extend(model, state, jnp.array(chunk), jnp.array(count, jnp.int32), ops)
         done += count
+        state.logits.block_until_ready()
         yield state, done
 
 

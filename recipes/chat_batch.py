@@ -146,13 +146,14 @@ def _batches(questions: Sequence[Question], config: "Config", slots: int) -> Ite
     """In the order of the file. One whose answer may have to be shorter goes alone, so that no answer depends on its neighbours."""
     batch: list[Question] = []
     for question in questions:
-        if question.error is not None or len(question.ids) + config.max_new_tokens > slots:
-            yield [question]
-            continue
-        batch.append(question)
-        if len(batch) == config.batch:
+        alone = question.error is not None or len(question.ids) + config.max_new_tokens > slots
+        if batch and (alone or len(batch) == config.batch):
             yield batch
             batch = []
+        if alone:
+            yield [question]
+        else:
+            batch.append(question)
     if batch:
         yield batch
 

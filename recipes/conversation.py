@@ -14,6 +14,7 @@ import numpy as np
 
 from data.tokenizer import StreamDecoder, Tokenizer
 from lm.sampling import Sampler
+from recipes.generating import compile_clock
 from recipes.memory import Memory
 from recipes.stop_strings import StopStrings
 
@@ -31,15 +32,31 @@ class Draw:
     seed: int = 0
 
 
+class Stopwatch:
+    """Seconds of work; those of compiling are counted apart."""
+
+    def __init__(self) -> None:
+        self._clock = compile_clock()
+        self._at, self._compiled, self.compiling = time.perf_counter(), self._clock(), 0.0
+
+    def lap(self) -> float:
+        """Since the last one."""
+        now, compiled = time.perf_counter(), self._clock()
+        whole, spent = now - self._at, compiled - self._compiled
+        self._at, self._compiled, self.compiling = now, compiled, self.compiling + spent
+        return max(whole - spent, 1e-9)
+
+
 @dataclass
 class Turn:
     """What one reply took."""
 
     prompt: int  # tokens
     known: int  # of them, read before
-    read_s: float = 0.0
+    read_s: float = 0.0  # without compiling, as draw_s
     drawn: int = 0  # tokens
     draw_s: float = 0.0
+    compile_s: float = 0.0
     ended: str = ""  # by what
 
     def in_words(self, slots: int) -> str:
@@ -48,6 +65,8 @@ class Turn:
         words += f" at {new / self.read_s:,.0f}/s"
         if self.drawn:
             words += f" · {self.drawn} drawn at {self.drawn / self.draw_s:,.0f}/s"
+        if self.compile_s > 0.1:
+            words += f" · {self.compile_s:.1f} s of compiling"
         return f"{words} · {self.prompt + self.drawn:,} of {slots:,} · {self.ended}"
 
 
@@ -133,10 +152,10 @@ class Conversation:
         if turn.known < self.read_before - 1:
             self.say(f"the template now writes earlier messages otherwise: from token {turn.known:,} on the conversation is read anew")
         self.read_before = len(ids)
-        begin = time.perf_counter()
+        clock = Stopwatch()
         with reading(turn.prompt - turn.known) as told:
             whole = self.memory.read(ids, told=told, stopped=stopped)
-        turn.read_s = time.perf_counter() - begin
+        turn.read_s = clock.lap()
         if not whole:
             turn.prompt, turn.ended = len(self.memory.ids), "stopped while reading, nothing was drawn"
             return turn
@@ -144,7 +163,7 @@ class Conversation:
         for piece in self._pieces(draw, turn, stopped):
             text += piece
             show(piece)
-        turn.draw_s = time.perf_counter() - begin - turn.read_s
+        turn.draw_s, turn.compile_s = clock.lap(), clock.compiling
         self.messages.append({"role": "assistant", "content": text})
         return turn
 

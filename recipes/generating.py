@@ -1,8 +1,11 @@
 """What recipes that draw text share: the flags of the draw, and a model made ready for it."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import jax
 from pydantic import Field
 
 import lm
@@ -34,6 +37,19 @@ class DrawConfig(RecipeConfig):
     def sampler(self) -> Sampler:
         bias = tuple(self.logit_bias.items())
         return Sampler(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, bias)
+
+
+@functools.cache
+def compile_clock() -> Callable[[], float]:
+    """What gives the seconds this process has spent on tracing and compiling since this was called first: they are no one's speed."""
+    spent = [0.0]
+
+    def listen(event: str, seconds: float, **_: object) -> None:
+        if event.startswith("/jax/core/compile/"):
+            spent[0] += seconds
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return lambda: spent[0]
 
 
 def ready(source: str | Path, config: DrawConfig) -> tuple[AbstractLM, Tokenizer, str]:
