@@ -44,9 +44,9 @@ def compile_clock() -> Callable[[], float]:
     """What gives the seconds this process has spent on tracing and compiling since this was called first: they are no one's speed."""
     spent = [0.0]
 
-    def listen(event: str, seconds: float, **_: object) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event.startswith("/jax/core/compile/"):
-            spent[0] += seconds
+            spent[0] += duration_secs
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     return lambda: spent[0]
