@@ -67,7 +67,8 @@ def test_another_tokenizer_source_or_split_is_another_cache(documents, tokenizer
 
 def test_without_bos_the_eos_opens_and_without_eos_it_is_refused(documents, tokenizer, tmp_path) -> None:
     tokenizer.save(tmp_path / "tok")
-    config = tmp_path / "tok" / "tokenizer_config.json"
+    file, config = tmp_path / "tok" / "tokenizer.json", tmp_path / "tok" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"post_processor": None}))
     config.write_text(json.dumps({"eos_token": "<|eos|>"}))
     cache = build(documents, Tokenizer.load(tmp_path / "tok"), tmp_path / "cache")
     assert cache.document(0)[[0, -1]].tolist() == [tokenizer.eos_id] * 2
