@@ -8,12 +8,11 @@ from typing import Literal
 import jax
 from pydantic import Field
 
-import lm
 from data.tokenizer import Tokenizer
 from lm.base import AbstractLM
 from lm.sampling import Sampler
 from recipes.command_line import RecipeConfig, resumable
-from recipes.loading import load
+from recipes.loading import kept_as, load
 from train.backends import choose_weights
 from train.runtime import choose_device, compilation_cache, device_facts
 
@@ -30,8 +29,8 @@ class DrawConfig(RecipeConfig):
     stop: tuple[str, ...] = Field((), description="strings at which a text ends, beside the model's own end; not shown")
     seed: int = Field(0, ge=0, description="of the draws")
     device: Literal["auto", "cpu", "gpu", "tpu"] = resumable("auto", description="where to compute")
-    weights: Literal["auto", "float32", "bfloat16", "int8"] = Field(
-        "auto", description="how the matrices are kept; auto: bfloat16 where the device has instructions for it, else float32"
+    weights: Literal["auto", "float32", "bfloat16", "int8", "int4", "nf4"] = Field(
+        "auto", description="how the matrices are kept; auto: as packed, or bfloat16 where the device has instructions for it, else float32"
     )
 
     def sampler(self) -> Sampler:
@@ -57,8 +56,5 @@ def ready(source: str | Path, config: DrawConfig) -> tuple[AbstractLM, Tokenizer
     device = choose_device(config.device)
     compilation_cache()
     model, tokenizer, origin = load(source)
-    products = choose_weights(device_facts(device))
-    weights = products if config.weights == "auto" else config.weights
-    words = f"{origin}: {model.n_params:,} parameters, as {weights}"
-    model = lm.quantised(model, products) if weights == "int8" else lm.cast(model, weights)
-    return model, tokenizer, words
+    model, weights = kept_as(model, config.weights, choose_weights(device_facts(device)))
+    return model, tokenizer, f"{origin}: {model.n_params:,} parameters, as {weights}"

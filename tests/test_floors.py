@@ -21,20 +21,9 @@ LM_FLOORS = (
     ("base",),
     ("attention",),
     (
-        "flight",
-        "adapters",
-        "adapter_files",
-        "surgery",
-        "inside",
-        "decoding",
-        "generate",
-        "hf",
-        "hf_config",
-        "hf_files",
-        "hub",
-        "gguf",
-        "models.*",
-    ),  # fmt: skip
+        *("flight", "adapters", "adapter_files", "native", "surgery", "inside", "decoding", "generate"),
+        *("hf", "hf_config", "hf_files", "hub", "gguf", "models.*"),
+    ),
     ("models",),
     ("",),  # lm/__init__.py
 )
