@@ -1,6 +1,6 @@
 """How problems become tokens for one model, and its answers text again: plain text for a base model, the chat template for a chat model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,11 +36,19 @@ class Wording:
         return Wording(tokenizer, False, tokenizer.eos_id)
 
     def prompt(self, text: str) -> np.ndarray:
+        """Up to where the answer begins."""
         if self.chat:
-            rendered = self.tokenizer.render_chat([{"role": "user", "content": text}], add_generation_prompt=True)
-            return self.tokenizer.encode_with_specials(rendered)
+            return self.conversation([{"role": "user", "content": text}])
         start = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
         return np.concatenate([np.asarray(start, np.int32), self.tokenizer.encode(text)])
+
+    def conversation(self, messages: Sequence[Mapping[str, str]]) -> np.ndarray:
+        """The same of messages; a model without a chat template takes a single one."""
+        if self.chat:
+            return self.tokenizer.encode_with_specials(self.tokenizer.render_chat(messages, add_generation_prompt=True))
+        if len(messages) != 1:
+            raise ValueError(f"this model's tokenizer has no chat template, so a prompt is one text; got {len(messages)} messages")
+        return self.prompt(messages[0]["content"])
 
     def answer(self, text: str, tool: Tool | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of an answer to imitate, with their end; and which of them the model itself is to write: not what a tool says."""
