@@ -253,7 +253,7 @@ def own_pairs(config: Config, model: AbstractLM, drawing: Drawing, path: Path) -
     task, rng = drawing.task, np.random.default_rng((config.seed, 3))
     problems = [task.train[i] for i in rng.permutation(len(task.train))[: config.problems]]
     lines: list[str] = []
-    at_once, distinct = max(1, 1024 // config.answers), 0
+    at_once = max(1, 1024 // config.answers)
     with progress("drawing pairs", len(problems)) as bar:
         for at in range(0, len(problems), at_once):
             some = problems[at : at + at_once]
@@ -266,12 +266,11 @@ def own_pairs(config: Config, model: AbstractLM, drawing: Drawing, path: Path) -
                     rows = i * config.answers + np.array([rng.choice(right), rng.choice(wrong)])
                     chosen, rejected = (drawing.wording.text(rollouts.answer(int(row))) for row in rows)
                     lines.append(json.dumps({"prompt": problem.prompt, "chosen": chosen, "rejected": rejected}, ensure_ascii=False))
-                distinct += 1
-            bar(distinct)
+            bar(at + len(some))
     if not lines:
         raise ValueError(
-            f"of {config.answers} answers to each of {len(problems)} problems, none were right and wrong to the same one: there is nothing to "
-            "prefer. Take a model that can do some of the task, more --problems or more --answers"
+            f"{len(problems)} problems had {config.answers} answers each, none both right and wrong ones: nothing is to be preferred. "
+            "Take a model that can do some of the task, more --problems or more --answers"
         )
     logger.info(f"of {len(problems):,} problems, {len(lines):,} had right and wrong answers among {config.answers}: so many pairs")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")

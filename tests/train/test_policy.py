@@ -141,7 +141,7 @@ def test_truncated_importance_weights_multiply_the_surrogate(monkeypatch) -> Non
 
 
 def test_a_kl_without_a_reference_is_refused(monkeypatch) -> None:
-    with pytest.raises(ValueError, match="a KL of weight 0.1 needs reference_log_probs"):
+    with pytest.raises(ValueError, match=r"a KL of weight 0\.1 needs reference_log_probs"):
         told(monkeypatch, "grpo", kl_weight=0.1)
 
 
