@@ -106,7 +106,9 @@ class Wording:
             prompt, (answer, own) = self.prompt(problem.prompt), self.answer(problem.solution, task.tool)
             whole = np.concatenate([prompt, answer])
             if (pairs := len(whole) - 1) > seq:
-                raise ValueError(f"{problem.prompt!r} and its solution have {len(whole)} tokens, more than a row of {seq} targets holds")
+                raise ValueError(
+                    f"{problem.prompt!r} and its solution have {len(whole)} tokens, more than a row of {seq} targets holds: allow longer answers"
+                )
             batch.tokens[row, :pairs], batch.targets[row, :pairs] = whole[:-1], whole[1:]
             batch.positions[row, :pairs], batch.segments[row, :pairs] = np.arange(pairs), 1
             batch.loss_weights[row, len(prompt) - 1 : pairs] = own

@@ -28,7 +28,7 @@ SIZES = {
     "d_ff": 40,
     "prompts": 4,
     "n": 3,
-    "max_new_tokens": 9,
+    "max_new_tokens": 10,
     "answers": 2,
     "dtype": "float32",
 }
