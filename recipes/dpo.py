@@ -33,6 +33,7 @@ from data.preferences import Pair, read_pairs
 from data.tasks import TASKS
 from data.tasks.problems import RewardError
 from lm.base import AbstractLM
+from lm.digests import digest
 from lm.flight import put_on_flight
 from lm.generate import Sampler
 from recipes.command_line import claimed, fail, how_to_resume, parse, resumable
@@ -51,7 +52,7 @@ from recipes.running import (
     watched,
 )
 from recipes.wording import Wording
-from train.checkpoint import Checkpoints, digest
+from train.checkpoint import Checkpoints
 from train.debug import debug_nans
 from train.logs import RunLog, plain_messages, progress, read_metrics, words_kept, write_json
 from train.loop import interruptible, steps

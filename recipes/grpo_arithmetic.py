@@ -34,6 +34,7 @@ from data.tasks import TASKS
 from data.tasks.problems import RewardError, Share, in_order, pass_at_k
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from lm.base import AbstractLM
+from lm.digests import digest
 from lm.flight import Flight
 from lm.generate import Sampler
 from lm.models.qwen3 import Qwen3Config
@@ -54,7 +55,7 @@ from recipes.running import (
 )
 from recipes.wording import Wording
 from train.advantages import RunningMean
-from train.checkpoint import Checkpoints, digest
+from train.checkpoint import Checkpoints
 from train.debug import debug_nans
 from train.groups import Judged, advantages_of, check_group, gather
 from train.logs import RunLog, plain_messages, read_metrics, words_kept, write_json
