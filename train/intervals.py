@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 Z = 1.959963984540054  # of the normal law, 95 % two-sided
 RESAMPLES = 2000
+AT_ONCE = 100  # of them, in memory
 
 
 class Estimate(NamedTuple):
@@ -62,9 +63,9 @@ def bootstrap_ratio(tops: npt.ArrayLike, bottoms: npt.ArrayLike, *, seed: int) -
         return Estimate(value, None, None, 1, "none: one document")
     rng = np.random.default_rng(seed)
     ratios = []
-    for _ in range(RESAMPLES):
-        drawn = rng.integers(0, len(top), len(top))
-        if (below := bottom[drawn].sum()) > 0:
-            ratios.append(top[drawn].sum() / below)
-    low, high = np.percentile(ratios, [2.5, 97.5])
+    for _ in range(RESAMPLES // AT_ONCE):
+        drawn = rng.integers(0, len(top), (AT_ONCE, len(top)))
+        below = bottom[drawn].sum(axis=1)
+        ratios.append(top[drawn].sum(axis=1)[below > 0] / below[below > 0])
+    low, high = np.percentile(np.concatenate(ratios), [2.5, 97.5])
     return Estimate(value, float(low), float(high), len(top), f"bootstrap over documents, {RESAMPLES} draws")
