@@ -30,8 +30,9 @@ class Source:
     name: str  # short, for titles and folder names
     train: grain.MapDataset  # of {"text": str, "name": str}
     held_out: grain.MapDataset  # likewise
+    whole: grain.MapDataset  # likewise; all of them in order, the only one uncut: what is measured and not trained on
     record: dict[str, Any]  # JSON: what was asked, counts, `sha256` over every document's name and bytes in order
-    parts: tuple["Part", ...] = ()  # of a mixture; `train` and `held_out` are then theirs, one after another
+    parts: tuple["Part", ...] = ()  # of a mixture; `train`, `held_out` and `whole` are then theirs, one after another
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,14 @@ class Documents:
     def __len__(self) -> int:
         return len(self.store)
 
-    def add(self, name: str, raw: bytes, where: str, place: Place | None = None) -> None:
+    def add(self, name: str, raw: bytes, where: str, place: Place | None = None, group: str | None = None) -> None:
         """Take one document; one with nothing but white space is dropped.
 
         **Arguments:**
 
         - `where`: names the document in an error.
         - `place`: where `raw` can be read again, in a file that `store.file` was told of.
+        - `group`: what is held out together, or not at all; the document alone where it has none.
         """
         text = self.decode(raw, where)
         if text is not None and not text.strip():
@@ -79,7 +81,7 @@ class Documents:
         elif text is not None:
             as_it_is = "\ufffd" not in text  # else U+FFFD may stand for bad bytes, which a second reading would meet again
             taken = raw if as_it_is else text.encode()
-            if is_held_out(name):
+            if is_held_out(group or name):
                 self.held_out.append(len(self))
             self.store.append(name, taken, place if as_it_is else None)
             self.bytes += len(taken)
@@ -139,7 +141,8 @@ class Documents:
             "characters_replaced": 0,
             **self.counts,
         }
-        return Source(name, grain.MapDataset.source(train), grain.MapDataset.source(kept_out), record)
+        whole = grain.MapDataset.source(_Whole(self.store))
+        return Source(name, grain.MapDataset.source(train), grain.MapDataset.source(kept_out), whole, record)
 
     def _split(self) -> tuple[TextStore, np.ndarray, str]:
         """The documents, the numbers of those held out, the rule in words."""
@@ -171,6 +174,22 @@ class _Texts:
     def __getitem__(self, i: int) -> dict[str, str]:
         at = self.held_out[i] if self.wants_held_out else i + np.searchsorted(self._others_before, i, side="right")
         return {"text": self.store.text(int(at)), "name": self.store.name(int(at))}
+
+    def __repr__(self) -> str:
+        return f"{len(self)} documents on disk"
+
+
+class _Whole:
+    """Grain's random access over all documents as they came."""
+
+    def __init__(self, store: TextStore) -> None:
+        self.store = store
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, i: int) -> dict[str, str]:
+        return {"text": self.store.text(int(i)), "name": self.store.name(int(i))}
 
     def __repr__(self) -> str:
         return f"{len(self)} documents on disk"

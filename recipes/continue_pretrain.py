@@ -41,6 +41,7 @@ from data.rows import Mixture, describe_rows, training_rows
 from data.sources import Source, open_source
 from data.tokenizer import Tokenizer
 from lm.base import AbstractLM, leaves_by_path, role
+from lm.digests import digest
 from lm.hf import abstract
 from recipes.command_line import CONFIG_FILE, claimed, fail, how_to_resume, parse, resumable
 from recipes.corpus import describe_mixture, describe_packing, describe_source, encode, encode_training
@@ -60,7 +61,7 @@ from recipes.running import (
     watched,
 )
 from train.averages import AverageConfig, average_rate
-from train.checkpoint import Checkpoints, digest
+from train.checkpoint import Checkpoints
 from train.debug import debug_nans
 from train.lineage import continued_from
 from train.logs import RunLog, mfu, model_flops_per_token, plain_messages, read_metrics, words_kept, write_json

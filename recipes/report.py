@@ -40,8 +40,7 @@ def heads(source: Source, tokenizer: Tokenizer, *, seq: int, most: int = 256) ->
         text = source.held_out[i]["text"]
         end = text.find("\n", min(HEAD_CHARACTERS, len(text)))
         tokens = tokenizer.encode(text[: end + 1] if end >= 0 else text)
-        opening = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id  # as in `TokenCache`
-        found.append(np.concatenate([[opening], tokens])[: seq // 2].astype(np.int32))
+        found.append(np.concatenate([[tokenizer.opening_id], tokens])[: seq // 2].astype(np.int32))
     return found
 
 

@@ -1,8 +1,10 @@
-"""Pictures that explain: what a row looks like to its own tokens, how far updates move the weights, what a model learns and forgets."""
+"""Pictures that explain: what a row looks like to its own tokens, how far updates move the weights, what a model learns and forgets,
+how it scores, which tokens of a conversation are trained on."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -83,5 +85,132 @@ def plot_forgetting(metrics_path: str | os.PathLike[str], png_path: str | os.Pat
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(png_path, dpi=140)
+    plt.close(figure)
+    return Path(png_path)
+
+
+def plot_scores(results: Mapping[str, Mapping[str, Any]], path: str | os.PathLike[str], *, title: str) -> Path:
+    """Draw the scores of an evaluation with their intervals: shares beside chance and what others published; below them the groups, where a
+    task has some, and texts in bits per byte.
+
+    **Arguments:**
+
+    - `results`: as in the `results.json` of `recipes.evaluate`: by task `metric`, `metrics` (name → value, low, high and, where known,
+      published), `chance`, `groups`.
+    """
+    shares = {name: result for name, result in results.items() if result["metric"] != "bits per byte"}
+    texts = {name: result for name, result in results.items() if name not in shares}
+    grouped = {name: result["groups"] for name, result in shares.items() if result.get("groups")}
+    panels = [("shares", max(2.0, sum(len(each["metrics"]) + 1 for each in shares.values())))] if shares else []
+    panels += [(name, len(groups) + 1.0) for name, groups in grouped.items()] + ([("texts", len(texts) + 1.5)] if texts else [])
+    figure, rows = plt.subplots(
+        len(panels), 1, squeeze=False, figsize=(8, 1.2 + 0.24 * sum(height for _, height in panels) + 0.5 * len(panels)),
+        height_ratios=[height for _, height in panels], layout="constrained",
+    )  # fmt: skip
+    for axes, (panel, _) in zip(rows[:, 0], panels, strict=True):
+        if panel == "texts":
+            bits = [(name, result["metrics"]["bits_per_byte"], None) for name, result in texts.items()]
+            _dots(axes, bits, "bits per byte, less is better", 1.0)
+        elif panel == "shares":
+            lines: list[_Line] = []
+            for name, result in shares.items():
+                several = len(result["metrics"]) > 1
+                for metric, estimate in result["metrics"].items():
+                    lines.append((f"{name}, {metric}" if several else name, estimate, result.get("chance")))
+            _dots(axes, lines, "% right", 100.0)
+        else:
+            ordered = sorted(grouped[panel].items(), key=lambda each: each[1]["value"])
+            _dots(axes, [(group, estimate, shares[panel].get("chance")) for group, estimate in ordered], f"{panel}, % right", 100.0)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+    return Path(path)
+
+
+_Line = tuple[str, Mapping[str, Any], float | None]  # name, estimate, chance
+
+
+def _dots(axes: Any, lines: Sequence[_Line], label: str, scale: float) -> None:
+    """A line each, the first on top: a dot with its interval, a grey bar for chance, a diamond for what was published."""
+    values, lows, highs = (
+        np.array([scale * (each["value"] if each[edge] is None else each[edge]) for _, each, _ in lines])
+        for edge in ("value", "low", "high")
+    )
+    errors = np.maximum(0.0, [values - lows, highs - values])
+    axes.errorbar(values, range(len(lines)), xerr=errors, fmt="o", color="tab:blue", markersize=4, capsize=2, label="ours, 95 %")
+    chances = [(scale * chance, place) for place, (*_, chance) in enumerate(lines) if chance is not None]
+    known = [(scale * each["published"], place) for place, (_, each, _) in enumerate(lines) if "published" in each]
+    for points, style, colour, name in ((chances, "|", "tab:gray", "chance"), (known, "D", "tab:orange", "published")):
+        if points:
+            axes.plot(*zip(*points, strict=True), style, color=colour, markersize=10 if style == "|" else 5, label=name)
+    axes.set_yticks(range(len(lines)), [name for name, *_ in lines], fontsize=8)
+    axes.set_ylim(len(lines) - 0.5, -0.5)
+    axes.set_xlabel(label)
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize="x-small", loc="best")
+
+
+def plot_tasks(before: Mapping[str, Any], after: Mapping[str, Any], png_path: str | os.PathLike[str]) -> Path:
+    """Draw the share of right answers to each task, before and after a run, with 95 % intervals (`train.intervals.Estimate.record`)."""
+    tasks = list(after)
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.45 * max(len(tasks), 1)), layout="constrained")
+    for moved, (found, words, colour) in enumerate(((before, "before", "tab:gray"), (after, "after", "tab:blue"))):
+        places = np.arange(len(tasks)) + 0.36 * (moved - 0.5)
+        shares = [found[task]["value"] for task in tasks]
+        below = [max(0.0, found[task]["value"] - found[task]["low"]) for task in tasks]
+        above = [max(0.0, found[task]["high"] - found[task]["value"]) for task in tasks]
+        axes.barh(places, shares, 0.34, color=colour, label=words, xerr=[below, above], error_kw={"linewidth": 1.0})
+    axes.set(yticks=range(len(tasks)), yticklabels=[f"{task} ({after[task]['n']})" for task in tasks], xlim=(0, 1))
+    axes.set(xlabel="right answers to held-out questions", title="learned")
+    axes.invert_yaxis()
+    axes.legend(fontsize="small")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(png_path, dpi=140)
+    plt.close(figure)
+    return Path(png_path)
+
+
+READ, LEARNED = "#e4e4e4", "#f6a04d"  # behind tokens that are only read, and those that are trained on
+LINE_CHARACTERS = 92
+
+
+def plot_conversation(
+    tokens: Sequence[str],
+    trained: Sequence[bool],
+    png_path: str | os.PathLike[str],
+    *,
+    title: str | None = None,
+    segments: Sequence[int] | None = None,
+) -> Path:
+    """Draw a conversation token by token, those that are trained on in colour.
+
+    **Arguments:**
+
+    - `tokens`: their text; line breaks end a line of the picture.
+    - `segments`: of a packed row, the number of the conversation of each token; a frame is drawn in a colour of its own, and 0, padding,
+        is left white.
+    """
+    shown = [token.replace("\n", "⏎").replace("\t", "→") for token in tokens]
+    places, line, at = [], 0, 0
+    for token, text in zip(tokens, shown, strict=True):
+        if at + len(text) > LINE_CHARACTERS:
+            line, at = line + 1, 0
+        places.append((line, at))
+        at += len(text)
+        if "\n" in token:
+            line, at = line + 1, 0
+    lines = places[-1][0] + 1 if places else 1
+    figure, axes = plt.subplots(figsize=(10, 0.7 + 0.24 * lines))
+    for i, (text, (row, column)) in enumerate(zip(shown, places, strict=True)):
+        segment = None if segments is None else segments[i]
+        face = "white" if segment == 0 else LEARNED if trained[i] else READ
+        edge = "white" if segment is None else plt.get_cmap("tab10")(segment % 10)
+        axes.add_patch(plt.Rectangle((column, row), len(text), 0.9, facecolor=face, edgecolor=edge, linewidth=0.8))
+        axes.text(column + len(text) / 2, row + 0.48, text, family="monospace", fontsize=7.4, ha="center", va="center", parse_math=False)
+    axes.set(xlim=(-0.5, LINE_CHARACTERS + 0.5), ylim=(lines + 0.1, -0.3))
+    axes.axis("off")
+    axes.set_title(title or "trained on: orange; only read: grey", fontsize=9, loc="left", parse_math=False)
+    figure.savefig(png_path, dpi=140, bbox_inches="tight")
     plt.close(figure)
     return Path(png_path)

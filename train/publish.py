@@ -38,6 +38,10 @@ class SavableTokenizer(Protocol):
     @property
     def pad_id(self) -> int | None: ...
     @property
+    def prompt_prefix(self) -> tuple[int, ...]: ...
+    @property
+    def opening_id(self) -> int | None: ...
+    @property
     def chat_templates(self) -> Mapping[str, str]: ...
     def save(self, folder: Path, *, model_max_length: int | None = None) -> None: ...
 
@@ -95,8 +99,9 @@ def card_of(
 
 def how_texts_begin(tokenizer: SavableTokenizer, *, trained_here: bool) -> dict[str, Any]:
     """What the card says to those who write prompts. Of a model that was given nobody told us how its texts began."""
-    needs_bos = trained_here and tokenizer.bos_id is not None
-    words = f"A document begins with token {tokenizer.bos_id}, which the tokenizer does not add by itself." if needs_bos else None
+    needs_bos = trained_here and not tokenizer.prompt_prefix and tokenizer.bos_id is not None and tokenizer.opening_id == tokenizer.bos_id
+    itself = "as the tokenizer begins every text" if tokenizer.prompt_prefix else "which the tokenizer does not add by itself"
+    words = f"In training a document began with token {tokenizer.opening_id}, {itself}." if trained_here else None
     return {"opening": words, "needs_bos": needs_bos, "chat": bool(tokenizer.chat_templates)}
 
 

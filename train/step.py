@@ -96,21 +96,34 @@ class TrainState(eqx.Module):
         return eqx.combine(self.trainable, self.frozen)
 
     @property
+    def _trained(self) -> Any:
+        """The model with True at what is trained."""
+        return jax.tree.map(lambda leaf: leaf is not None, self.trainable, is_leaf=lambda leaf: leaf is None)
+
+    @property
     def averaged(self) -> Any:
         """The model at the average of its weights: that of the step, or a schedule-free optimizer's own; `None` where there is neither."""
         average = self.average if self.average is not None else averaged_by_optimizer(self.optimizer, self.trainable)
         return None if average is None else eqx.combine(average, self.frozen)
 
-    def items(self) -> dict[str, Any]:
-        """What a checkpoint holds of this state. `model` and `average` are whole, frozen arrays included: each loads alone."""
-        items = {"model": self.model, "optimizer": {"state": self.optimizer, "stats": self.stats}}
-        return items if self.averaged is None else items | {"average": self.averaged}
+    def items(self, *, by_reference: bool = False) -> dict[str, Any]:
+        """What a checkpoint holds of this state.
+
+        **Arguments:**
+
+        - `by_reference`: leave out what is frozen, a base that lies elsewhere and that the record names, with its digest (`lm.Base`). There
+          is `trainable` then, and `average` likewise; else `model` and `average` are whole, and each loads alone.
+        """
+        items = {"trainable": self.trainable} if by_reference else {"model": self.model}
+        items |= {"optimizer": {"state": self.optimizer, "stats": self.stats}}
+        if self.averaged is None:
+            return items
+        return items | {"average": eqx.filter(self.averaged, self._trained) if by_reference else self.averaged}
 
     def with_items(self, items: Mapping[str, Any], step: int) -> "TrainState":
-        """The state (this one may be abstract) with what a checkpoint held."""
-        trained = jax.tree.map(lambda leaf: leaf is not None, self.trainable, is_leaf=lambda leaf: leaf is None)
-        trainable, frozen = eqx.partition(items["model"], trained)
-        average = None if self.average is None else eqx.filter(items["average"], trained)
+        """The state (this one may be abstract) with what a checkpoint held. What was left out of it, `frozen`, stays this one's."""
+        trainable, frozen = (items["trainable"], self.frozen) if "trainable" in items else eqx.partition(items["model"], self._trained)
+        average = None if self.average is None else eqx.filter(items["average"], self._trained)
         optimizer, stats = items["optimizer"]["state"], items["optimizer"]["stats"]
         # Placed as the rest is: what a checkpoint gives is committed to its device, and so is all that the first step makes of it. A number
         # that is not would have the second step compiled again.
@@ -123,22 +136,42 @@ Step = Callable[..., tuple[TrainState, Metrics]]
 
 
 def init_state(
-    model: AbstractLM, optimizer: optax.GradientTransformationExtraArgs, *, frozen: Sequence[str] = (), average: bool = False
+    model: AbstractLM,
+    optimizer: optax.GradientTransformationExtraArgs,
+    *,
+    frozen: Sequence[str] = (),
+    trainable: Any = None,
+    average: bool = False,
 ) -> TrainState:
     """The state before the first step.
 
     **Arguments:**
 
     - `frozen`: roles or paths of what is not trained (`train.optimizers`); every other floating array is.
+    - `trainable`: a tree of bools like the model, such as `lm.trainable_filter` gives: what is trained, less what is `frozen`. `None`:
+      every floating array.
     - `average`: keep an average of the weights.
+
+    **Raises:** `ValueError` where nothing is left to train, or where packed numbers would be.
     """
     check_patterns(frozen, model, "frozen")
-    trained = map_paths(lambda path, leaf: eqx.is_inexact_array(leaf) and not any(is_meant(path, pattern) for pattern in frozen), model)
+    asked = jax.tree.map(eqx.is_inexact_array, model) if trainable is None else trainable
+    trained = map_paths(lambda path, is_asked: is_asked and not any(is_meant(path, pattern) for pattern in frozen), asked)
     trainable, rest = eqx.partition(model, trained)
+    packed = [node for node in jax.tree.leaves(trainable, is_leaf=_is_packed) if _is_packed(node) and jax.tree.leaves(node)]
+    if packed:
+        raise ValueError(
+            f"{len(packed)} matrices of this model are packed ({type(packed[0]).__name__}), and packed numbers are not trained: put "
+            "adapters on (lm.add_lora) and give trainable=lm.trainable_filter(model), or train the model it was packed from"
+        )
     if not jax.tree.leaves(trainable):
         raise ValueError(f"frozen ({', '.join(frozen)}) leaves nothing to train")
     mean = jax.tree.map(jnp.array, trainable) if average else None
     return TrainState(trainable, rest, mean, optimizer.init(trainable), jnp.zeros((), jnp.int32), Stats.empty())
+
+
+def _is_packed(node: Any) -> bool:
+    return isinstance(node, Quantised)
 
 
 def make_step(
@@ -149,6 +182,7 @@ def make_step(
     dropout_key: Key[Array, ""],
     *,
     donate: bool = True,
+    measured: bool = False,
 ) -> "CompiledStep":
     """`step(state, batch, learning_rate, average_rate=0.0) -> (state, metrics)`, compiled at its first call. The state passed in is donated
     (unless `donate` is false): use the one returned.
@@ -156,7 +190,8 @@ def make_step(
     Metrics: `loss` (nats a token), `grad_norm` (before clipping), `tokens` (supervised), `skipped` and `spikes` (so far), `sigmas` (how
     far this step is from the last ones, see `Stats.sigmas`), and `update_ratio`: for each role the length of the update over that of its
     weights, NaN at steps where it is not measured. Also the mean of what the model's blocks report, by its name, such as `router_balance`
-    and `router_z` (`lm.moe`).
+    and `router_z` (`lm.moe`). Where `measured`, for fine-tuning: `token_accuracy` and `entropy` (nats a token) over supervised tokens,
+    `tokens_read` (all but padding), and the shares `supervised_share` (of the tokens read) and `padding_share` (of all places).
 
     What is minimised is the mean over supervised tokens of the cross entropy, plus `z_loss`, plus the model's `aux_weights` times those
     means. A mean of a micro-batch is its own, and counts by the supervised tokens it has.
@@ -176,6 +211,7 @@ def make_step(
             z_loss=config.z_loss,
             softcap=flying.logit_softcap,
             chunk=config.loss_chunk,
+            measured=measured,
         )
         means = {name: total / jnp.maximum(count, 1.0) for name, (total, count) in aux.items()}
         pull = sum((weight * means[name] for name, weight in flying.aux_weights.items()), jnp.zeros(()))
@@ -230,6 +266,10 @@ def make_step(
         metrics = {"loss": mean_loss, "grad_norm": norm, "tokens": loss.count, "skipped": stats.skipped, "spikes": stats.spikes}
         metrics |= {"sigmas": sigmas}
         metrics |= {name: total / jnp.maximum(told, 1.0) for name, (total, told) in aux.items()}
+        if measured:
+            read = jnp.sum(batch.segments > 0)
+            metrics |= {"token_accuracy": loss.correct / count, "entropy": loss.entropy / count, "tokens_read": read}
+            metrics |= {"supervised_share": loss.count / jnp.maximum(read, 1), "padding_share": 1 - read / batch.segments.size}
         if config.ratios_every:
             due = (state.step + 1) % config.ratios_every == 0
             # Measured at every step, which costs nothing that shows: a `cond` would keep a copy of the weights for it.
@@ -263,8 +303,8 @@ class CompiledStep:
 
 
 def update_ratios(updates: Any, weights: Any) -> dict[str, Array]:
-    """For each role, over all layers: the length of the update over that of the weights. With AdamW around 1e-3 is usual; Muon begins far
-    above. What is far from its usual learns nothing, or is about to break."""
+    """For each role, over all layers: the length of the update over that of the weights, NaN while they are 0 (an adapter's `up`). With
+    AdamW around 1e-3 is usual; Muon begins far above. What is far from its usual learns nothing, or is about to break."""
 
     def lengths(tree: Any) -> dict[str, Array]:
         squares: dict[str, Array] = {}
@@ -273,7 +313,7 @@ def update_ratios(updates: Any, weights: Any) -> dict[str, Array]:
         return {name: jnp.sqrt(total) for name, total in squares.items()}
 
     of_weights = lengths(weights)
-    return {name: length / of_weights[name] for name, length in lengths(updates).items()}
+    return {name: length / jnp.where(of_weights[name] > 0, of_weights[name], jnp.nan) for name, length in lengths(updates).items()}
 
 
 def make_token_nats(flight: Flight, ops: Ops, chunk: int = 1024) -> Callable[[AbstractLM, Batch], Float[Array, "batch seq"]]:
@@ -286,8 +326,6 @@ def make_token_nats(flight: Flight, ops: Ops, chunk: int = 1024) -> Callable[[Ab
         facts = Facts(jnp.asarray(batch.positions), jnp.asarray(batch.segments))
         hidden, _, _ = flying.hidden(jnp.asarray(batch.tokens), facts)
         settings: dict[str, Any] = {"ops": ops, "dtype": jnp.dtype(flight.dtype), "softcap": flying.logit_softcap, "chunk": chunk}
-        unembedding = flying.unembedding
-        matrix = unembedding.unpacked() if isinstance(unembedding, Quantised) else unembedding
-        return -token_log_probs(hidden, matrix, jnp.asarray(batch.targets), **settings)
+        return -token_log_probs(hidden, flying.unembedding, jnp.asarray(batch.targets), **settings)
 
     return lambda model, batch: token_nats(model, jax.tree.map(jnp.asarray, batch))
