@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from hub_server import problems
+from hub_state import problems
 from integration.recipe_runs import corpus
 from loguru import logger
 from pages import metrics_told, metrics_written

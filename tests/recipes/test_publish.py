@@ -4,7 +4,8 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import pytest
-from hub_server import problems, serving
+from hub_server import serving
+from hub_state import problems
 from huggingface_hub import constants
 from tiny import tiny
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import yaml
-from hub_server import problems
+from hub_state import problems
 from huggingface_hub import ModelCard
 
 from train.card import Card, check_evaluations, render

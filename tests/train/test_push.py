@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from hub_server import Repository, problems, serving
+from hub_server import serving
+from hub_state import Repository, problems
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
 
