@@ -1,10 +1,12 @@
-"""Tokens on disk: every document of one split, encoded once, memory-mapped ever after.
+"""Tokens on disk: every document of one split, encoded once, memory-mapped ever after. `TokenCache.build_or_open` encodes texts;
+`TokenCache.of` keeps what somebody else encoded, with marks on the tokens that are trained on (`data.chat_cache`).
 
 A cache is a folder named for what is in it (`train-<hash of tokenizer and source>`):
 
     tokens.bin      every document as opening token, text, EOS, one after another; uint16, or uint32 for large vocabularies
     offsets.bin     int64 [documents + 1]: document i is tokens[offsets[i] : offsets[i + 1]]
     text_bytes.bin  int64 [documents]: UTF-8 bytes of each text, for bits per byte
+    trained.bin     uint8 [tokens]: 1 where a token is learned; not there where all are
     names.json      the documents' names, one a line
     names.bin       int64 [documents + 1]: the byte where each name's line begins in it
     record.json     counts and what the cache was made from
@@ -17,9 +19,9 @@ import functools
 import hashlib
 import json
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import grain
 import numpy as np
@@ -44,6 +46,8 @@ class TokenCache:
         self.offsets = np.memmap(folder / "offsets.bin", "<i8", mode="r")
         self.text_bytes = np.memmap(folder / "text_bytes.bin", "<i8", mode="r")  # per document
         self.names: Sequence[str] = _Names(folder)  # per document
+        marked = "trained.bin" in self.record["sizes"]
+        self.trained = np.memmap(folder / "trained.bin", np.uint8, mode="r") if marked else None  # per token; None: all
         documents, total = int(self.record["documents"]), int(self.record["tokens"])
         sizes = len(self.offsets) - 1, len(self.text_bytes), len(self.names), len(self.tokens)
         if sizes != (documents, documents, documents, total):
@@ -81,26 +85,57 @@ class TokenCache:
         opening, closing = _document_marks(tokenizer)
         if not len(documents):
             raise ValueError(f"no documents in the split '{split}': expected at least one to encode")
-        marks = tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id
-        made_from = {"tokenizer": tokenizer.digest, "marks": marks, "source": source_digest, "split": split}
-        key = hashlib.sha256(json.dumps([FORMAT, made_from], sort_keys=True).encode()).hexdigest()[:16]
+        made_from = {
+            "tokenizer": tokenizer.digest,
+            "marks": [opening, closing, tokenizer.pad_id],
+            "source": source_digest,
+        }
+
+        def encoded() -> Iterator[Encoded]:
+            return _encoded_texts(documents, tokenizer, opening, closing, on_progress)
+
+        return cls.of(encoded, tokenizer, folder, made_from=made_from, split=split, documents=len(documents), facts={"opening": opening})
+
+    @classmethod
+    def of(
+        cls,
+        encoded: Callable[[], Iterator["Encoded"]],
+        tokenizer: Tokenizer,
+        folder: str | Path,
+        *,
+        made_from: Mapping[str, Any],
+        split: str,
+        documents: int | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """The cache of documents encoded by the caller, built if it is not there or is damaged, as `build_or_open`.
+
+        **Arguments:**
+
+        - `encoded`: called if it must be built. All documents have marks on what is trained on, or none has.
+        - `made_from`: JSON; with `split` it decides which cache this is.
+        - `documents`: how many there are to be, where that is known.
+        - `facts`: for the record; may be filled while `encoded` runs.
+        """
+        key = hashlib.sha256(json.dumps([FORMAT, {**made_from, "split": split}], sort_keys=True).encode()).hexdigest()[:16]
         place = Path(folder) / f"{split}-{key}"
-        opened = functools.partial(cls._opened, place, len(documents))
+        opened = functools.partial(cls._opened, place, documents)
         if place.exists():
             try:
                 return opened()
             except (OSError, ValueError) as error:
                 logger.warning("the token cache '{}' is damaged: {}. Building it again", place, error)
+        pad = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.eos_id
         with building(place, opened) as beside:
-            counts = _encode(documents, tokenizer, opening, closing, beside, on_progress)
-            pad = closing if tokenizer.pad_id is None else tokenizer.pad_id
-            _write_record(beside, {"format": FORMAT, **made_from, "opening": opening, "pad": pad, **counts})
+            counts = _write(encoded(), tokenizer.vocab_size, beside)
+            made = {**made_from, "split": split}
+            _write_record(beside, {"format": FORMAT, **made, "pad": 0 if pad is None else pad, **(facts or {}), **counts})
         return opened()
 
     @classmethod
-    def _opened(cls, place: Path, documents: int) -> Self:
+    def _opened(cls, place: Path, documents: int | None) -> Self:
         cache = cls(place)
-        if len(cache) != documents:
+        if documents is not None and len(cache) != documents:
             raise ValueError(f"it holds {len(cache)} documents where the source has {documents}")
         return cache
 
@@ -116,6 +151,13 @@ class TokenCache:
         at = self.offsets[i] + start
         assert self.offsets[i] <= at <= at + length <= self.offsets[i + 1], (i, start, length)
         return self.tokens[at : at + length].astype(np.int32)
+
+    def weights(self, i: int, start: int, length: int) -> np.ndarray:
+        """The loss weights (float32) of `length` pairs of document `i` from `start`: a pair counts where its target is trained on."""
+        if self.trained is None:
+            return np.ones(length, np.float32)
+        at = self.offsets[i] + start + 1
+        return self.trained[at : at + length].astype(np.float32)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -146,43 +188,61 @@ class TokenCache:
 
 
 def _document_marks(tokenizer: Tokenizer) -> tuple[int, int]:
-    """The tokens before and after each document. Without a BOS the EOS stands in front too, as in GPT-2: the first token
-    of the text needs something to be predicted from, or its bytes would have no loss."""
+    """The tokens before and after each document."""
     if tokenizer.eos_id is None:
         raise ValueError(
             f"{tokenizer} has no EOS token, so nothing would mark where a document ends: expected eos_token in the "
             "tokenizer_config.json beside its tokenizer.json"
         )
-    return (tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id), tokenizer.eos_id
+    assert tokenizer.opening_id is not None, "it is EOS where there is nothing else"
+    return tokenizer.opening_id, tokenizer.eos_id
 
 
-def _encode(
-    documents: grain.MapDataset,
-    tokenizer: Tokenizer,
-    opening: int,
-    closing: int,
-    folder: Path,
-    on_progress: Callable[[int, int], None] | None,
-) -> dict[str, Any]:
-    dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+class Encoded(NamedTuple):
+    """One document for `TokenCache.of`."""
+
+    name: str
+    tokens: np.ndarray
+    text_bytes: int  # UTF-8 bytes of its text
+    trained: np.ndarray | None = None  # bool [tokens]
+
+
+def _encoded_texts(
+    documents: grain.MapDataset, tokenizer: Tokenizer, opening: int, closing: int, on_progress: Callable[[int, int], None] | None
+) -> Iterator[Encoded]:
+    done = 0
+    for some in _batches(documents):
+        for row, tokens in zip(some, tokenizer.encode_batch([row["text"] for row in some]), strict=True):
+            yield Encoded(row["name"], np.concatenate([[opening], tokens, [closing]]), len(row["text"].encode()))
+        done += len(some)
+        if on_progress is not None:
+            on_progress(done, len(documents))
+
+
+def _write(encoded: Iterable[Encoded], vocab_size: int, folder: Path) -> dict[str, Any]:
+    """The files of a cache but for its record, and their counts."""
+    dtype = "<u2" if vocab_size <= 1 << 16 else "<u4"
     lengths, text_bytes = array("q"), array("q")
     names_at = array("q", [2])
     max_token = 0
-    with (folder / "tokens.bin").open("wb") as out, (folder / "names.json").open("wb") as names:
-        for some in _batches(documents):
-            for row, tokens in zip(some, tokenizer.encode_batch([row["text"] for row in some]), strict=True):
-                whole = np.empty(len(tokens) + 2, dtype)
-                whole[0], whole[1:-1], whole[-1] = opening, tokens, closing
-                out.write(whole.tobytes())
-                name = json.dumps(row["name"]).encode()
-                names.write((b",\n" if len(lengths) else b"[\n") + name)
-                names_at.append(names_at[-1] + len(name) + 2)
-                lengths.append(len(whole))
-                text_bytes.append(len(row["text"].encode()))
-                max_token = max(max_token, int(whole.max()))
-            if on_progress is not None:
-                on_progress(len(lengths), len(documents))
+    with (
+        (folder / "tokens.bin").open("wb") as out,
+        (folder / "names.json").open("wb") as names,
+        (folder / "trained.bin").open("wb") as marks,
+    ):
+        for document in encoded:
+            out.write(document.tokens.astype(dtype).tobytes())
+            if document.trained is not None:
+                marks.write(document.trained.astype(np.uint8).tobytes())
+            name = json.dumps(document.name).encode()
+            names.write((b",\n" if len(lengths) else b"[\n") + name)
+            names_at.append(names_at[-1] + len(name) + 2)
+            lengths.append(len(document.tokens))
+            text_bytes.append(document.text_bytes)
+            max_token = max(max_token, int(document.tokens.max()))
         names.write(b"\n]\n")
+    if not (folder / "trained.bin").stat().st_size:
+        (folder / "trained.bin").unlink()
     offsets = np.zeros(len(lengths) + 1, "<i8")
     np.cumsum(np.frombuffer(lengths, np.int64), out=offsets[1:])
     for name_of_file, values in (("offsets", offsets), ("text_bytes", text_bytes), ("names", names_at)):
@@ -192,7 +252,7 @@ def _encode(
         "tokens": int(offsets[-1]),
         "text_bytes": int(np.sum(np.frombuffer(text_bytes, np.int64))),
         "dtype": dtype,
-        "vocab_size": tokenizer.vocab_size,
+        "vocab_size": vocab_size,
         "max_token": max_token,
     }
 

@@ -66,13 +66,14 @@ class Documents:
     def __len__(self) -> int:
         return len(self.store)
 
-    def add(self, name: str, raw: bytes, where: str, place: Place | None = None) -> None:
+    def add(self, name: str, raw: bytes, where: str, place: Place | None = None, group: str | None = None) -> None:
         """Take one document; one with nothing but white space is dropped.
 
         **Arguments:**
 
         - `where`: names the document in an error.
         - `place`: where `raw` can be read again, in a file that `store.file` was told of.
+        - `group`: what is held out together, or not at all; the document alone where it has none.
         """
         text = self.decode(raw, where)
         if text is not None and not text.strip():
@@ -80,7 +81,7 @@ class Documents:
         elif text is not None:
             as_it_is = "\ufffd" not in text  # else U+FFFD may stand for bad bytes, which a second reading would meet again
             taken = raw if as_it_is else text.encode()
-            if is_held_out(name):
+            if is_held_out(group or name):
                 self.held_out.append(len(self))
             self.store.append(name, taken, place if as_it_is else None)
             self.bytes += len(taken)

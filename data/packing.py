@@ -22,6 +22,8 @@ pieces never see one another. Two rows of five pairs from documents of 5, 4 and 
     ...     pad_id = 0
     ...     def piece(self, i, start, length):
     ...         return np.array(documents[i][start : start + length])
+    ...     def weights(self, i, start, length):
+    ...         return np.ones(length)
     >>> for row in range(plan.rows):
     ...     for name, values in build_row(plan, row, Cache()).items():
     ...         print(f"{name:12} {values}")
@@ -62,12 +64,14 @@ class Plan:
 
 
 class Pieces(Protocol):
-    """What a row is read from: a `TokenCache`, or anything with these two."""
+    """What a row is read from: a `TokenCache`, or anything with these three."""
 
     @property
     def pad_id(self) -> int: ...
 
     def piece(self, i: int, start: int, length: int) -> np.ndarray: ...
+
+    def weights(self, i: int, start: int, length: int) -> np.ndarray: ...
 
 
 def plan_concat(lengths: npt.ArrayLike, seq: int, order: npt.ArrayLike) -> Plan:
@@ -172,7 +176,7 @@ def build_row(plan: Plan, row: int, cache: Pieces) -> dict[str, np.ndarray]:
         tokens[at:end], targets[at:end] = read[:-1], read[1:]
         positions[at:end] = np.arange(length)
         segments[at:end] = segment
-        loss_weights[at + context : end] = 1.0
+        loss_weights[at + context : end] = cache.weights(int(plan.document[i]), start + context, length - context)
         at = end
     return {
         "tokens": tokens,

@@ -1,6 +1,7 @@
 """One function a file format: each hands the documents of a file to `Documents`. `read_file` picks it by the suffix.
 
-A document of a file with many is named `file:number`, counted from 1 as editors count lines.
+A document of a file with many is named `file:number`, counted from 1 as editors count lines. Its text is one field of the row, or
+the whole row as JSON (`WHOLE_ROW`), for whoever reads more of it (`data.conversations`).
 """
 
 import gzip
@@ -22,13 +23,15 @@ TEXT_SUFFIXES = tuple(f".{suffix}" for suffix in f"{_PROSE} {_CODE}".split())
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 PARQUET_SUFFIXES = (".parquet",)
 ARRAY_RECORD_SUFFIXES = (".array_record", ".arrayrecord")
+LIST_SUFFIXES = (".json", ".json.gz")  # one JSON list of rows; only where whole rows are read, else `.json` is a text
+WHOLE_ROW = "*"  # in place of the name of a field
 MANY_SUFFIXES = JSONL_SUFFIXES + PARQUET_SUFFIXES + ARRAY_RECORD_SUFFIXES  # many documents a file
 ROWS_AT_ONCE = 64  # of a parquet file in memory
 
 
-def is_readable(name: str) -> bool:
+def is_readable(name: str, text_field: str = "text") -> bool:
     """Whether the suffix is one that `read_file` knows."""
-    return name.lower().endswith(MANY_SUFFIXES + TEXT_SUFFIXES)
+    return name.lower().endswith(MANY_SUFFIXES + (LIST_SUFFIXES if text_field == WHOLE_ROW else TEXT_SUFFIXES))
 
 
 def read_file(kept: Documents, file: Path, name: str, text_field: str) -> None:
@@ -40,8 +43,24 @@ def read_file(kept: Documents, file: Path, name: str, text_field: str) -> None:
         read_parquet(kept, file, name, text_field)
     elif lower.endswith(ARRAY_RECORD_SUFFIXES):
         read_array_record(kept, file, name)
+    elif text_field == WHOLE_ROW:
+        read_json_list(kept, file, name)
     else:
         read_text(kept, file, name)
+
+
+def read_json_list(kept: Documents, file: Path, name: str) -> None:
+    """A document from each object of the one list that the file is: the object as JSON. The whole file is in memory meanwhile."""
+    raw = b"".join(line for _, line in lines(file))
+    try:
+        rows = json.loads((kept.decode(raw, f"'{file}'") or "[]").removeprefix("\ufeff"))
+    except (ValueError, RecursionError) as error:
+        hint = " If it holds one object a line, name it .jsonl" if raw.lstrip()[:1] == b"{" else ""
+        raise ValueError(f"'{file}' is not JSON: {error}. Expected a list of objects.{hint}") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"'{file}' holds {type(rows).__name__}: expected a JSON list of objects, one a row")
+    for number, row in enumerate(rows, start=1):
+        kept.add(f"{name}:{number}", json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass"), f"row {number} of '{file}'")
 
 
 def read_text(kept: Documents, file: Path, name: str) -> None:
@@ -53,7 +72,7 @@ def read_text(kept: Documents, file: Path, name: str) -> None:
 def read_jsonl(kept: Documents, file: Path, name: str, text_field: str) -> None:
     """A document a line. Blank lines are left out and counted; other fields are not read."""
     packed = file.suffix.lower() in (".gz", ".zst")
-    number_of_file = -1 if packed else kept.store.file(file, lambda line: json.loads(line)[text_field])
+    number_of_file = -1 if packed else kept.store.file(file, lambda line: text_of(line.decode(), f"'{file}'", text_field))
     at = 0
     unread = lines(file)
     try:
@@ -79,26 +98,35 @@ def read_parquet(kept: Documents, file: Path, name: str, text_field: str) -> Non
     number = 0
     try:
         with parquet.ParquetFile(file) as table:
-            schema = table.schema_arrow
-            if text_field not in schema.names:
-                raise ValueError(
-                    f"'{file}' has no column '{text_field}': its columns are {schema.names}. Name one with {file.name}#column=NAME"
-                )
-            kind = schema.field(text_field).type
-            if not any(is_text(kind) for is_text in (arrow.types.is_string, arrow.types.is_large_string, arrow.types.is_string_view)):
-                raise ValueError(f"column '{text_field}' of '{file}' holds {kind}: expected strings")
-            for some in table.iter_batches(batch_size=ROWS_AT_ONCE, columns=[text_field]):
-                for value in some.column(0):
-                    number += 1
-                    if value.is_valid:
-                        # As bytes: pyarrow checks no UTF-8 when it reads, and the rule for bad UTF-8 stands elsewhere.
-                        kept.add(f"{name}:{number}", value.as_buffer().to_pybytes(), f"row {number} of '{file}'")
-                    else:
-                        kept.counts["null_texts"] += 1
+            if text_field == WHOLE_ROW:
+                for some in table.iter_batches(batch_size=ROWS_AT_ONCE):
+                    for row in some.to_pylist():
+                        number += 1
+                        kept.add(f"{name}:{number}", json.dumps(row, ensure_ascii=False).encode(), f"row {number} of '{file}'")
+                return
+            for value in _column_of(table, arrow, file, text_field):
+                number += 1
+                if value.is_valid:
+                    # As bytes: pyarrow checks no UTF-8 when it reads, and the rule for bad UTF-8 stands elsewhere.
+                    kept.add(f"{name}:{number}", value.as_buffer().to_pybytes(), f"row {number} of '{file}'")
+                else:
+                    kept.counts["null_texts"] += 1
     except (arrow.ArrowException, OSError) as error:
         if getattr(error, "errno", None) is not None:  # the disk, not the file
             raise
         raise ValueError(f"'{file}' is not a whole parquet file: {error} (after row {number}). Fetch it again") from error
+
+
+def _column_of(table: Any, arrow: Any, file: Path, name: str) -> Iterator[Any]:
+    """The values of a column of texts, some rows in memory at a time."""
+    schema = table.schema_arrow
+    if name not in schema.names:
+        raise ValueError(f"'{file}' has no column '{name}': its columns are {schema.names}. Name one with {file.name}#column=NAME")
+    kind = schema.field(name).type
+    if not any(is_text(kind) for is_text in (arrow.types.is_string, arrow.types.is_large_string, arrow.types.is_string_view)):
+        raise ValueError(f"column '{name}' of '{file}' holds {kind}: expected strings")
+    for some in table.iter_batches(batch_size=ROWS_AT_ONCE, columns=[name]):
+        yield from some.column(0)
 
 
 def read_array_record(kept: Documents, file: Path, name: str) -> None:
@@ -177,13 +205,17 @@ class _Zstd(io.RawIOBase):
 
 
 def text_of(line: str, where: str, text_field: str) -> str:
-    """The text in a line of JSON. A byte order mark before it, as some programs write at the head of a file, is passed over."""
+    """The text in a line of JSON, or all of the line. A byte order mark, as some programs write at the head of a file, is passed over."""
     try:
         row = json.loads(line.removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:  # also for a number of too many digits, and for brackets nested too deep
         raise ValueError(f"{where} is not JSON: {error}. Expected one object a line with a `{text_field}` field") from error
+    if text_field == WHOLE_ROW and isinstance(row, dict):
+        return line.removeprefix("\ufeff").strip()
     if not isinstance(row, dict) or not isinstance(row.get(text_field), str):
         found = f"the keys {sorted(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
+        if text_field == WHOLE_ROW:
+            raise ValueError(f"{where} has {found}: expected an object, one a line")
         if isinstance(row, dict) and text_field in row:
             found = f"`{text_field}` of type {type(row[text_field]).__name__}"
         raise ValueError(f"{where} has {found}: expected an object whose `{text_field}` is a string")

@@ -11,6 +11,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from data.documents import Documents, OnInvalidUTF8, Part, Source
 from data.hub import hub_dataset
@@ -18,12 +19,15 @@ from data.mixture import mixed_source, parse_mixture
 from data.readers import (
     ARRAY_RECORD_SUFFIXES,
     JSONL_SUFFIXES,
+    LIST_SUFFIXES,
     MANY_SUFFIXES,
     PARQUET_SUFFIXES,
     TEXT_SUFFIXES,
+    WHOLE_ROW,
     is_readable,
     read_array_record,
     read_file,
+    read_json_list,
     read_jsonl,
     read_parquet,
     read_text,
@@ -34,10 +38,14 @@ ACCEPTED = (
     f"a {', '.join(MANY_SUFFIXES)} file with a `text` field (another: FILE#column=NAME), "
     f"a text file ({' '.join(TEXT_SUFFIXES)}), or a mixture of such as SOURCE:0.7,SOURCE:0.3"
 )
+ACCEPTED_ROWS = (
+    "hf://owner/name/split, a folder of such files, "
+    f"a {', '.join(MANY_SUFFIXES + LIST_SUFFIXES)} file with a conversation a row, or a mixture of such as SOURCE:0.7,SOURCE:0.3"
+)
 STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "lib2to3", "ensurepip", "site-packages", "__pycache__"}
 
 
-def open_source(spec: str, *, on_invalid_utf8: OnInvalidUTF8 = "error") -> Source:
+def open_source(spec: str, *, on_invalid_utf8: OnInvalidUTF8 = "error", whole_rows: bool = False) -> Source:
     """The source that `spec` names: `stdlib`, a folder, a file with one text or with many, or a mixture of such
     (`A:0.7,B:0.3`, see `data.mixture`).
 
@@ -46,16 +54,18 @@ def open_source(spec: str, *, on_invalid_utf8: OnInvalidUTF8 = "error") -> Sourc
     - `spec`: what the user typed. A folder called `stdlib` is `./stdlib`. `FILE#column=body` takes the texts from the field
         or column `body` in place of `text`.
     - `on_invalid_utf8`: stop with the file and the byte, put U+FFFD in place of bad bytes, or leave the document out.
+    - `whole_rows`: a document's text is its whole row as JSON, for files of conversations (`data.conversations`). `.json` files are
+        then lists of rows, and files of plain text are refused.
 
     **Raises:** `ValueError`, in words, for anything that cannot be read or gives no documents.
     """
     if (parts := parse_mixture(spec)) is not None:
-        opened = [Part(name, open_source(name, on_invalid_utf8=on_invalid_utf8), weight) for name, weight in parts]
+        opened = [Part(name, open_source(name, on_invalid_utf8=on_invalid_utf8, whole_rows=whole_rows), weight) for name, weight in parts]
         return mixed_source(spec, opened)
     if not spec.strip():
         raise ValueError(f"no source is named: expected one of {ACCEPTED}")
     try:
-        return _single_source(spec, on_invalid_utf8)
+        return _rows_source(spec, on_invalid_utf8) if whole_rows else _single_source(spec, on_invalid_utf8)
     except PermissionError as error:
         raise ValueError(
             f"no permission to read '{error.filename}': change it (`chmod u+r`, for a folder `u+rx`), or leave that out"
@@ -88,6 +98,29 @@ def _single_source(spec: str, on_invalid_utf8: OnInvalidUTF8) -> Source:
     if scheme := re.match(r"[A-Za-z][\w+.-]+:", spec):
         raise ValueError(f"unknown scheme '{scheme[0]}' in '{spec}'. Accepted: {ACCEPTED}")
     raise _missing(place)
+
+
+def _rows_source(spec: str, on_invalid_utf8: OnInvalidUTF8) -> Source:
+    """As `_single_source`, with the whole row for a text."""
+    path = _expanded(spec)
+    name = path.name.lower()
+    how: dict[str, Any] = {"on_invalid_utf8": on_invalid_utf8}
+    if spec.startswith("hf:"):
+        return hub_dataset(spec, text_field=WHOLE_ROW, **how)
+    if path.is_dir():
+        return folder(spec, text_field=WHOLE_ROW, **how)
+    if path.exists() and name.endswith(JSONL_SUFFIXES):
+        return jsonl(spec, text_field=WHOLE_ROW, **how)
+    if path.exists() and name.endswith(PARQUET_SUFFIXES):
+        return parquet(spec, text_field=WHOLE_ROW, **how)
+    if path.exists() and name.endswith(ARRAY_RECORD_SUFFIXES):
+        return array_record(spec, **how)
+    if path.exists() and name.endswith(LIST_SUFFIXES):
+        return json_list(spec, **how)
+    if path.exists():
+        _existing_file(spec)
+        raise ValueError(f"'{spec}' is no file of conversations. Accepted: {ACCEPTED_ROWS}")
+    raise ValueError(f"'{spec}' does not exist. Accepted: {ACCEPTED_ROWS}")
 
 
 def _column(spec: str) -> tuple[str, str]:
@@ -133,11 +166,12 @@ def folder(path: str | Path, *, text_field: str = "text", on_invalid_utf8: OnInv
         raise ValueError(f"expected a folder, but '{path}' is a file")
     left_out: Counter[str] = Counter()
     kept = Documents(str(path), on_invalid_utf8)
-    for file in sorted(_walk(root, left_out), key=lambda file: file.relative_to(root).as_posix()):
+    for file in sorted(_walk(root, left_out, text_field), key=lambda file: file.relative_to(root).as_posix()):
         read_file(kept, file, _printable(file.relative_to(root).as_posix()), text_field)
     if not len(kept) and not kept.counts:
         found = ", ".join(f"{count} {what}" for what, count in sorted(left_out.items())) or "nothing at all"
-        raise ValueError(f"no text files in '{path}'; it holds {found}. Taken are {' '.join(TEXT_SUFFIXES + MANY_SUFFIXES)}")
+        taken = MANY_SUFFIXES + LIST_SUFFIXES if text_field == WHOLE_ROW else TEXT_SUFFIXES + MANY_SUFFIXES
+        raise ValueError(f"no text files in '{path}'; it holds {found}. Taken are {' '.join(taken)}")
     return kept.source(root.resolve().name, {"kind": "folder", "left_out": dict(sorted(left_out.items()))})
 
 
@@ -147,6 +181,14 @@ def jsonl(path: str | Path, *, text_field: str = "text", on_invalid_utf8: OnInva
     kept = Documents(str(path), on_invalid_utf8)
     read_jsonl(kept, file, _printable(file.name), text_field)
     return kept.source(file.name, {"kind": "jsonl"})
+
+
+def json_list(path: str | Path, *, on_invalid_utf8: OnInvalidUTF8 = "error") -> Source:
+    """A document, JSON itself, from each object of the list that a `.json` or `.json.gz` file is."""
+    file = _existing_file(path)
+    kept = Documents(str(path), on_invalid_utf8)
+    read_json_list(kept, file, _printable(file.name))
+    return kept.source(file.name, {"kind": "json_list"})
 
 
 def parquet(path: str | Path, *, text_field: str = "text", on_invalid_utf8: OnInvalidUTF8 = "error") -> Source:
@@ -165,7 +207,7 @@ def array_record(path: str | Path, *, on_invalid_utf8: OnInvalidUTF8 = "error") 
     return kept.source(file.name, {"kind": "array_record"})
 
 
-def _walk(root: Path, left_out: Counter[str]) -> Iterator[Path]:
+def _walk(root: Path, left_out: Counter[str], text_field: str) -> Iterator[Path]:
     def stop(error: OSError) -> None:
         raise error  # os.walk would pass over an unreadable folder without a word
 
@@ -174,7 +216,7 @@ def _walk(root: Path, left_out: Counter[str]) -> Iterator[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         left_out["linked folders"] += sum((Path(at) / name).is_symlink() for name in folders)
         for file in (Path(at) / name for name in files if not name.startswith(".")):
-            if is_readable(file.name) and file.is_file():
+            if is_readable(file.name, text_field) and file.is_file():
                 yield file
             else:
                 left_out[f"*{file.suffix}" if file.is_file() else "not a regular file"] += 1

@@ -13,6 +13,8 @@ from jaxtyping import install_import_hook as _install_import_hook
 # Installed for good: inside a `with`, modules imported later would go unchecked.
 _install_import_hook("lm", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
+from lm.adapter_files import Base  # noqa: E402
+from lm.adapters import LoRA, add_lora, merge, trainable_filter, unmerge  # noqa: E402
 from lm.base import AbstractBlock, AbstractLM, mark  # noqa: E402
 from lm.cache import LayerCache  # noqa: E402
 from lm.flight import Flight, Remat, Stack, put_on_flight  # noqa: E402
@@ -20,7 +22,15 @@ from lm.generate import Sampler, generate, stream  # noqa: E402
 from lm.kernels import BACKENDS, REFERENCE, Ops, with_ops  # noqa: E402
 from lm.layers import cast, quantised  # noqa: E402
 from lm.masks import Facts, may_attend  # noqa: E402
-from lm.models import ARCHITECTURES, build, load_pretrained, save_pretrained  # noqa: E402
+from lm.models import (  # noqa: E402
+    ARCHITECTURES,
+    build,
+    load_adapter,
+    load_pretrained,
+    save_adapter,
+    save_native,
+    save_pretrained,
+)
 
 __all__ = [
     "ARCHITECTURES",
@@ -28,22 +38,31 @@ __all__ = [
     "REFERENCE",
     "AbstractBlock",
     "AbstractLM",
+    "Base",
     "Facts",
     "Flight",
     "LayerCache",
+    "LoRA",
     "Ops",
     "Remat",
     "Sampler",
     "Stack",
+    "add_lora",
     "build",
     "cast",
     "generate",
+    "load_adapter",
     "load_pretrained",
     "mark",
     "may_attend",
+    "merge",
     "put_on_flight",
     "quantised",
+    "save_adapter",
+    "save_native",
     "save_pretrained",
     "stream",
+    "trainable_filter",
+    "unmerge",
     "with_ops",
 ]

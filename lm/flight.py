@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 from pydantic import BaseModel
 
+from lm.adapters import KeyedAdapters, LoRA, has_dropout
 from lm.base import AbstractBlock, AbstractLM, Aux, add_aux
 from lm.kernels import Ops, with_ops
 from lm.layers import ExpertLinear, Linear
@@ -116,19 +117,22 @@ class Stack(AbstractBlock):
 
 
 def cast_linears(blocks: tuple[Any, ...], dtype: Any) -> tuple[Any, ...]:
-    """Every `Linear` and the experts' matrices in `dtype`; norms, routers and biases of experts stay as they are, and int8 weights too. The
-    embedding is no part of the blocks: a bf16 lookup would have a bf16 scatter-add for its gradient, where frequent tokens lose their
-    sum."""
+    """Every `Linear`, adapter and the experts' matrices in `dtype`; packed weights stay packed and are multiplied in it. Norms, routers and
+    biases of experts stay as they are. The embedding is no part of the blocks: a bf16 lookup would have a bf16 scatter-add for its
+    gradient, where frequent tokens lose their sum."""
 
     def is_linear(node: Any) -> bool:
-        return isinstance(node, Linear | ExpertLinear)
+        return isinstance(node, Linear | LoRA | ExpertLinear)
+
+    def all_of(node: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), node, is_leaf=lambda leaf: isinstance(leaf, Quantised))
 
     def cast(node: Any) -> Any:
         if isinstance(node, ExpertLinear):
             return eqx.tree_at(lambda layer: layer.weight, node, node.weight.astype(dtype))
-        if not isinstance(node, Linear) or isinstance(node.weight, Quantised):
-            return node
-        return jax.tree.map(lambda leaf: leaf.astype(dtype), node)
+        if isinstance(node, LoRA):  # a magnitude is nearly its row's length, and what it learns would be rounded off
+            return eqx.tree_at(lambda lora: (lora.base, lora.down, lora.up), node, tuple(map(all_of, (node.base, node.down, node.up))))
+        return all_of(node) if isinstance(node, Linear) else node
 
     return jax.tree.map(cast, blocks, is_leaf=is_linear)
 
@@ -170,6 +174,7 @@ def put_on_flight(model: Model, flight: Flight, ops: Ops) -> Model:
     """The same model, ready to run: linears cast, kernels swapped, blocks wrapped and stacked. Call it inside jit, on every step: the casts
     are cheap and gradients come back to the tree at rest. Cast first, stack second: the copy then moves two bytes a parameter."""
     blocks: tuple[Any, ...] = cast_linears(with_ops(model.blocks, ops), jnp.dtype(flight.dtype))
+    blocks = tuple(KeyedAdapters(block) if has_dropout(block) else block for block in blocks)
     if flight.remat != "none":
         blocks = tuple(Remat(block, flight.remat) for block in blocks)
     if flight.layers == "scan":

@@ -139,7 +139,7 @@ def _file_shape(pieces: list[Piece]) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _cut(tensor: np.ndarray, pieces: list[Piece]) -> list[np.ndarray]:
+def cut(tensor: np.ndarray, pieces: list[Piece]) -> list[np.ndarray]:
     """A tensor of the file → what it holds of each leaf."""
     whole = tensor.swapaxes(-1, -2) if pieces[0].stored.transposed else tensor
     if len(pieces) == 1:
@@ -150,7 +150,7 @@ def _cut(tensor: np.ndarray, pieces: list[Piece]) -> list[np.ndarray]:
     return [piece.from_turns(turn) for piece, turn in zip(pieces, turns, strict=True)]
 
 
-def _joined(arrays: list[np.ndarray], pieces: list[Piece]) -> np.ndarray:
+def joined(arrays: list[np.ndarray], pieces: list[Piece]) -> np.ndarray:
     """What it holds of each leaf → a tensor of the file."""
     whole = arrays[0]
     if len(pieces) > 1:
@@ -195,12 +195,12 @@ def load_weights(
     filling: dict[str, np.ndarray] = {}  # of experts, until all are in
     for key, pieces in wanted.items():
         tensor = _tensor_of(key, pieces, {source: found[source] for source in sources[key]})
-        for piece, array in zip(pieces, _cut(tensor, pieces), strict=True):
+        for piece, array in zip(pieces, cut(tensor, pieces), strict=True):
             if piece.path not in filling:
                 filling[piece.path] = _buffer(piece.leaf.shape, np.dtype(tensor.dtype if dtype is None else dtype))
             filling[piece.path][... if piece.expert is None else piece.expert] = array
             if piece.is_last:
-                loaded[piece.path] = _placed(filling.pop(piece.path), piece.path, sharding)
+                loaded[piece.path] = placed(filling.pop(piece.path), piece.path, sharding)
         del tensor, array  # before the next is read
     return jax.tree.unflatten(jax.tree.structure(skeleton), [loaded[path] for path in leaves_by_path(skeleton)])
 
@@ -261,7 +261,8 @@ def _buffer(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + n_bytes].view(dtype).reshape(shape)
 
 
-def _placed(array: np.ndarray, path: str, sharding: Shardings) -> jax.Array:
+def placed(array: np.ndarray, path: str, sharding: Shardings) -> jax.Array:
+    """An array where the sharding wants it."""
     where = sharding(path) if callable(sharding) else sharding
     return jax.device_put(array) if where is None else jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
@@ -291,12 +292,12 @@ def save_folder(
 
 def _gathered(pieces: list[Piece], dtype: np.dtype) -> np.ndarray:
     """The tensor of the file that holds these pieces."""
-    return _joined([_on_host(piece).astype(dtype, copy=False) for piece in pieces], pieces)
+    return joined([on_host(piece.leaf, piece.expert).astype(dtype, copy=False) for piece in pieces], pieces)
 
 
-def _on_host(piece: Piece) -> np.ndarray:
-    """A piece's numbers. An array keeps for good the copy it once gave to the host, so one that lies elsewhere is asked through a copy."""
-    leaf, expert = piece.leaf, piece.expert
+def on_host(leaf: Any, expert: int | None = None) -> np.ndarray:
+    """The numbers of a leaf, or of one expert. An array keeps for good the copy it once gave to the host, so one that lies elsewhere is
+    asked through a copy."""
     if isinstance(leaf, jax.Array) and [device.platform for device in leaf.devices()] != ["cpu"]:
         return np.asarray(jnp.copy(leaf) if expert is None else jax.lax.dynamic_index_in_dim(leaf, expert, keepdims=False))
     return np.asarray(leaf)[... if expert is None else expert]

@@ -28,12 +28,22 @@ from lm.quant import Quantised
 def linear(
     x: Float[Array, "*batch d_in"], weight: Float[Array, "d_out d_in"] | Quantised, dtype: Any = None
 ) -> Float[Array, "*batch d_out"]:
-    """x Wᵀ, accumulated in fp32 whatever the operands, returned in `dtype` (`None`: that of `x`)."""
+    """x Wᵀ, accumulated in fp32 whatever the operands, returned in `dtype` (`None`: that of `x`). Packed weights are unpacked here, and in
+    the backward pass once more: what waits for it is the packed form."""
     flat = x.reshape(-1, x.shape[-1])
-    matrix = weight.values.astype(weight.dtype) if isinstance(weight, Quantised) else weight  # int8 is exact in bf16
-    y = jax.lax.dot_general(flat, matrix, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    y = y * weight.scales if isinstance(weight, Quantised) else y
+    y = _packed_product(flat, weight) if isinstance(weight, Quantised) else _product(flat, weight)
     return y.astype(dtype or x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _product(x: Array, weight: Array) -> Array:
+    return jax.lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+@jax.checkpoint
+def _packed_product(x: Array, weight: Quantised) -> Array:
+    matrix, scales = weight.factors()
+    y = _product(x, matrix)
+    return y if scales is None else y * scales
 
 
 def input_gradient(dy: Float[Array, "n d_out"], weight: Float[Array, "d_out d_in"]) -> Float[Array, "n d_in"]:
@@ -166,7 +176,7 @@ def _refuse_dropout(backend: str, dropout: float, key: Array | None) -> None:
 
 def _cpu_linear(x: Array, weight: Array | Quantised, dtype: Any = None) -> Array:
     if isinstance(weight, Quantised):
-        return kernels_cpu.linear_int8(x, weight.values, weight.scales, weight.dtype, dtype)
+        return kernels_cpu.linear_packed(x, weight, dtype)
     return kernels_cpu.linear(x, weight, dtype)
 
 

@@ -14,11 +14,12 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int, Int8
 
 from lm.masks import UNWRITTEN, Facts, check_window, may_attend
+from lm.quant import Int8Rows, Nibbles, Quantised
 
 SLOTS = 256  # of a cache, looked at at once
 BLOCK = 128  # queries, or keys, worked on at once: scores of a block stay near the processor, and little above the diagonal is computed
 FEW = 3  # rows below which a product is limited by reading the weights
-FEW_INT8 = 9  # the same for int8: the fast product would need them converted first
+FEW_PACKED = 9  # the same for packed weights: the fast product would need them unpacked first
 
 
 def by_rows(x: Array) -> Array:
@@ -41,17 +42,43 @@ def _few_rows(x: Float[Array, "n d_in"], weight: Float[Array, "d_out d_in"] | In
     return jnp.sum(weight.astype(jnp.float32) * x.astype(jnp.float32)[:, None, :], axis=-1)
 
 
-def linear_int8(
-    x: Float[Array, "*batch d_in"],
-    values: Int8[Array, "d_out d_in"],
-    scales: Float[Array, " d_out"],
-    operands: Any,
-    dtype: Any = None,
-) -> Float[Array, "*batch d_out"]:
-    """x Wᵀ for W = scales · values. `operands`: dtype that many rows are multiplied in; for a few the integers are read as they lie."""
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def linear_packed(x: Float[Array, "*batch d_in"], weight: Quantised, dtype: Any = None) -> Float[Array, "*batch d_out"]:
+    """x Wᵀ for packed weights, which get no gradient. Many rows are multiplied by the unpacked matrix; for a few the packed numbers are
+    read as they lie."""
     flat = x.reshape(-1, x.shape[-1])
-    y = _few_rows(flat, values) if len(flat) < FEW_INT8 else _dot(flat, values.astype(operands), 1, 1)
-    return (y * scales).astype(dtype or x.dtype).reshape(*x.shape[:-1], len(scales))
+    if len(flat) < FEW_PACKED:
+        y = _few_rows_packed(flat, weight)
+    else:
+        matrix, scales = weight.factors()
+        y = _dot(flat, matrix, 1, 1)
+        y = y if scales is None else y * scales
+    return y.astype(dtype or x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _few_rows_packed(x: Float[Array, "n d_in"], weight: Quantised) -> Float[Array, "n d_out"]:
+    if isinstance(weight, Int8Rows):
+        return _few_rows(x, weight.values) * weight.scales
+    assert isinstance(weight, Nibbles)
+    lower, upper = weight.halves()
+    padded = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, -x.shape[1] % weight.group)))
+    first, second = jnp.split(padded.reshape(len(x), 1, -1, weight.group), 2, axis=-1)
+    return jnp.sum(jnp.sum(lower * first + upper * second, axis=-1) * weight.group_scales(), axis=-1)
+
+
+def _packed_forward(x: Array, weight: Quantised, dtype: Any) -> tuple[Array, tuple[Quantised, Any]]:
+    return linear_packed(x, weight, dtype), (weight, jnp.zeros((), x.dtype))
+
+
+def _packed_backward(dtype: Any, saved: tuple[Quantised, Any], dy: Array) -> tuple[Array, None]:
+    weight, of_x = saved
+    matrix, scales = weight.after(dy).factors()
+    flat = dy.reshape(-1, dy.shape[-1])
+    flat = flat if scales is None else flat * scales
+    return _dot(flat.astype(matrix.dtype), matrix, 1, 0).astype(of_x.dtype).reshape(*dy.shape[:-1], -1), None
+
+
+linear_packed.defvjp(_packed_forward, _packed_backward)
 
 
 def weight_gradient(dy: Float[Array, "n d_out"], x: Float[Array, "n d_in"]) -> Float[Array, "d_out d_in"]:

@@ -14,7 +14,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, Int, Key
 
 from lm.kernels import REFERENCE, Ops
-from lm.quant import Quantised
+from lm.quant import Quantised, check_kind, pack
 
 Activation = Callable[[Array], Array]
 Tree = TypeVar("Tree")
@@ -210,39 +210,59 @@ def dropout(x: Float[Array, "*shape"], rate: float, key: Key[Array, ""] | None) 
     return jnp.where(kept, x / (1.0 - rate), 0).astype(x.dtype)
 
 
-def with_matrices(model: Tree, change: Callable[[Array], Any]) -> Tree:
+def with_matrices(model: Tree, change: Callable[[str, Array], Any]) -> Tree:
     """The same model with the matrix of every `Linear` and every `Embedding` changed, and the stacked ones of experts; norms, biases,
-    routers and all else are shared. What is int8 already stays so."""
+    routers and all else are shared. `change` is given the path of the layer (`blocks/3/attn/q_proj`) and its matrix. What is packed already
+    stays so."""
 
     def has_matrix(node: Any) -> bool:
         return isinstance(node, Linear | ExpertLinear | Embedding)
 
-    def changed(node: Any) -> Any:
+    def changed(path: Any, node: Any) -> Any:
         if not has_matrix(node) or isinstance(node.weight, Quantised):
             return node
-        return eqx.tree_at(lambda layer: layer.weight, node, change(node.weight))
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return eqx.tree_at(lambda layer: layer.weight, node, change(name, node.weight))
 
-    return jax.tree.map(changed, model, is_leaf=has_matrix)
+    return jax.tree_util.tree_map_with_path(changed, model, is_leaf=has_matrix)
 
 
 def cast(model: Tree, dtype: Any) -> Tree:
-    """The same model with its matrices in `dtype`."""
-    return with_matrices(model, lambda weight: weight.astype(dtype))
+    """The same model with its matrices in `dtype`; packed ones stay packed, and are multiplied in it."""
+    model = with_matrices(model, lambda _, weight: weight.astype(dtype))
+    return jax.tree.map(lambda node: node.astype(dtype) if _is_packed(node) else node, model, is_leaf=_is_packed)
 
 
-def quantised(model: Tree, dtype: Any = None) -> Tree:
-    """The same model with its matrices as int8 (`lm.quant`); `dtype`, of products with them, is theirs where not given.
+def _is_packed(node: Any) -> bool:
+    return isinstance(node, Quantised)
 
-    Such a model generates and is evaluated. It is neither trained nor saved: keep the one it was made from.
+
+def quantised(model: Tree, kind: str = "int8", *, group: int | None = None, double: bool = False, dtype: Any = None) -> Tree:
+    """The same model with its matrices packed (`lm.quant`). Those of the `Linear`s in the blocks become `kind`; embedding and unembedding
+    become int8 whatever the kind: a row of theirs is one token's, and four bits cost them more than they save. Norms, biases and routers
+    stay as they are, and so do adapters.
+
+    Such a model generates, is evaluated, saved and loaded, and is the frozen base of adapters (`lm.add_lora`). It is not trained itself,
+    and packed once it cannot be had back: keep the one it was made from.
+
+    **Arguments:**
+
+    - `kind`: `int8`, `int4` or `nf4`.
+    - `group`, `double`: of 4-bit kinds, see `lm.quant.pack`.
+    - `dtype`: of products with the matrices; theirs where not given. A `Flight` has its own word on it.
 
     **Raises:** `ValueError` for a model with experts: `lm.quant` has one matrix a leaf.
     """
+    check_kind(kind, group, double)
 
-    def packed(weight: Array) -> Quantised:
+    def packed(path: str, weight: Array) -> Quantised:
         if weight.ndim != 2:
             raise ValueError(
-                f"int8 is for single matrices, and this model has {weight.shape[0]} experts in one leaf: cast it to bf16 instead"
+                f"{path} holds the matrices of {weight.shape[0]} experts in one leaf, and only single ones can be packed: cast the model "
+                "to bf16 instead"
             )
-        return Quantised.of(weight, dtype)
+        if "blocks" not in path.split("/"):
+            return pack(weight, "int8", dtype=dtype)
+        return pack(weight, kind, group=group, double=double, dtype=dtype)
 
     return with_matrices(model, packed)

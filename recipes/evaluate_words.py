@@ -7,25 +7,7 @@ import numpy as np
 
 from data.requests import Request, encode_pair, with_spaces_moved
 from data.tasks.multiple_choice import Wording
-from data.tokenizer import BOS, Tokenizer
-
-
-def begins_with(tokenizer: Tokenizer) -> np.ndarray:
-    """The ids before every text: those the tokenizer puts there by itself; for one trained here BOS, as its model was trained."""
-    added = np.asarray(tokenizer._core.encode("", add_special_tokens=True).ids, np.int32)
-    ours = tokenizer.bos_id is not None and tokenizer._names["bos"] == BOS
-    return np.asarray([tokenizer.bos_id], np.int32) if not len(added) and ours else added
-
-
-def opening_id(tokenizer: Tokenizer) -> int:
-    """What the first token of a text is predicted from where nothing stands before it: as in `TokenCache`, BOS, else EOS."""
-    found = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
-    if found is None:
-        raise ValueError(
-            f"{tokenizer} has neither BOS nor EOS, so nothing is known from which the first token of a text is predicted: name one "
-            "in the tokenizer_config.json, or with --opening"
-        )
-    return found
+from data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -40,13 +22,19 @@ class Words:
     @property
     def prefix(self) -> np.ndarray:
         """Before every text without a template."""
-        return begins_with(self.tokenizer) if self.opening is None else np.asarray([self._named()], np.int32)
+        return np.asarray(self.tokenizer.prompt_prefix if self.opening is None else [self._named()], np.int32)
 
     @property
     def start(self) -> np.ndarray:
-        """The context of a text that has none: never empty."""
-        prefix = self.prefix
-        return prefix if len(prefix) else np.asarray([opening_id(self.tokenizer)], np.int32)
+        """The context of a text that has none, never empty: what texts begin with, else what documents are predicted from in training."""
+        if len(self.prefix):
+            return self.prefix
+        if self.tokenizer.opening_id is None:
+            raise ValueError(
+                f"{self.tokenizer} has neither BOS nor EOS, so nothing is known from which the first token of a text is predicted: name "
+                "one in the tokenizer_config.json, or with --opening"
+            )
+        return np.asarray([self.tokenizer.opening_id], np.int32)
 
     def described(self) -> dict[str, object]:
         """For the record: what texts begin with, as tokens."""

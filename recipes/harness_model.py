@@ -27,7 +27,6 @@ from lm.base import AbstractLM
 from lm.generate import GREEDY, Sampler
 from recipes.completions import complete
 from recipes.evaluate_model import run_with
-from recipes.evaluate_words import begins_with
 from recipes.loading import load
 from train.evaluate import Likelihood, Scorer, Speed
 from train.logs import progress
@@ -88,11 +87,11 @@ class ZmajLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        return self.eot_token_id if self.our_tokenizer.bos_id is None else self.our_tokenizer.bos_id
+        return self.eot_token_id if self.our_tokenizer.opening_id is None else self.our_tokenizer.opening_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         ids = self.our_tokenizer.encode_with_specials(string).tolist()
-        prefix = begins_with(self.our_tokenizer).tolist()
+        prefix = list(self.our_tokenizer.prompt_prefix)
         there = add_special_tokens is None and ids[: len(prefix)] == prefix  # a template has written it already
         return ids if add_special_tokens is False or there else prefix + ids
 

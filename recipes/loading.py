@@ -4,13 +4,17 @@ import json
 from pathlib import Path
 
 import equinox as eqx
+import jax.numpy as jnp
 
+import lm
 from data.tokenizer import Tokenizer
 from lm.base import AbstractLM
 from lm.hf import abstract
 from lm.hf_files import INDEX_FILE, WEIGHTS_FILE
 from lm.hub import folder_of
 from lm.models import ARCHITECTURES, load_pretrained
+from lm.native import quantisation_of
+from lm.quant import KINDS
 from train.checkpoint import Checkpoints, read_record
 
 
@@ -44,6 +48,30 @@ def load(source: str | Path, *, revision: str | None = None) -> tuple[AbstractLM
         found = checkpoints.restore({item: eqx.filter(skeleton, lambda leaf: hasattr(leaf, "shape"))})
     origin = f"{folder}, checkpoint of step {found.step}" + (", average of the weights" if item == "average" else "")
     return found.items[item], Tokenizer.load(folder / "tokenizer"), origin
+
+
+def kept_as(model: AbstractLM, weights: str, products: str) -> tuple[AbstractLM, str]:
+    """A model to generate with, its matrices kept as `weights` says, and what they are.
+
+    **Arguments:**
+
+    - `weights`: a dtype, one of `lm.quant.KINDS`, or `auto`: as packed where they are, else in the dtype of `products`.
+    - `products`: the dtype that packed matrices are multiplied in.
+
+    **Raises:** `ValueError` for a packed model that is to be something else.
+    """
+    packed = quantisation_of(model)
+    if packed:
+        kinds = sorted({str(record["kind"]) for name, record in packed.items() if not name.startswith(("embed", "unembed"))})
+        if weights not in ("auto", *kinds):
+            raise ValueError(
+                f"this model is packed as {' and '.join(kinds)}, and cannot be had as {weights}: take the one it was made from"
+            )
+        return lm.cast(model, jnp.dtype(products)), " and ".join(kinds)
+    if weights in KINDS:
+        return lm.quantised(model, weights, dtype=products), weights
+    dtype = products if weights == "auto" else weights
+    return lm.cast(model, jnp.dtype(dtype)), dtype
 
 
 def is_gguf(source: str | Path) -> bool:

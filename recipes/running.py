@@ -27,8 +27,9 @@ from train.checkpoint import CheckpointError, Checkpoints
 from train.debug import NonFinite
 from train.logs import write_json
 from train.loop import SpikeError
+from train.process import process_settings
 from train.profile import profiled
-from train.runtime import DeviceError, Peak, device_facts, process_settings
+from train.runtime import DeviceError, Peak, device_facts
 from train.step import TrainState
 from train.trackers import Trackers, check_trackers, open_trackers
 
@@ -154,12 +155,13 @@ def save_config(config: BaseModel, folder: Path) -> None:
 
 
 def restore(
-    checkpoints: Checkpoints, abstract: TrainState, identity: dict[str, str], total_steps: int
+    checkpoints: Checkpoints, abstract: TrainState, identity: dict[str, str], total_steps: int, *, by_reference: bool = False
 ) -> tuple[TrainState, int, dict[str, Any]] | None:
-    """The state of the last checkpoint, the steps done, and its record; `None` where there is none yet."""
+    """The state of the last checkpoint, the steps done, and its record; `None` where there is none yet. `by_reference`: the checkpoint
+    holds nothing of what is frozen (`TrainState.items`), so those arrays of `abstract` are the real ones."""
     if not checkpoints.steps():
         return None
-    found = checkpoints.restore(jax.eval_shape(lambda state: state.items(), abstract))
+    found = checkpoints.restore(jax.eval_shape(lambda state: state.items(by_reference=by_reference), abstract))
     if found.record["identity"] != identity:
         raise ValueError(
             f"this run was trained on {found.record['identity']}; now they are {identity}. "
@@ -194,7 +196,8 @@ def begin_session(recipe: str, folder: Path, config: Any, start: int, session: d
             logger.warning(f"not the same {name} as before, so not bit for bit the same run: {'; '.join(changed)}")
     save_config(config, folder)
     command = ["python", "-m", f"recipes.{recipe}", *sys.argv[1:]]
-    return [*earlier, {"start_step": start, "command": command, "commit": commit(), **session}]
+    settings = config.model_dump(mode="json", exclude=set(RunConfig.model_fields))  # what is trained; how it is carried out is in `session`
+    return [*earlier, {"start_step": start, "command": command, "commit": commit(), "settings": settings, **session}]
 
 
 def commit() -> str | None:

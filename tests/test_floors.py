@@ -16,11 +16,14 @@ PACKAGES = ("lm", "data", "train", "recipes")
 
 # From the ground up; a module may import its own floor (without circles) and those before it.
 LM_FLOORS = (
-    ("masks", "kernels", "kernels_cpu", "kernels_experts", "quant"),
-    ("layers", "rope", "cache", "moe"),
+    ("masks", "kernels", "kernels_cpu", "kernels_experts", "quant", "digests"),
+    ("layers", "rope", "cache", "moe", "sampling"),
     ("base",),
     ("attention",),
-    ("flight", "adapters", "surgery", "inside", "generate", "hf", "hf_config", "hf_files", "hub", "gguf", "models.*"),
+    (
+        *("flight", "adapters", "adapter_files", "native", "surgery", "inside", "decoding", "generate"),
+        *("hf", "hf_config", "hf_files", "hub", "gguf", "models.*"),
+    ),
     ("models",),
     ("",),  # lm/__init__.py
 )

@@ -42,8 +42,8 @@ def steps(
     of the log, and what the caller does there is not counted as the time of a step.
 
     Each metrics dictionary holds `step` (counted from 1: the updates done), `loss`, `grad_norm`, `learning_rate`, `tokens`, `step_s`,
-    `tokens_per_s`, `wait_s` (seconds the step waited for its batch), `skipped` and `spikes` so far, and where they were measured `sigmas`
-    and `update_ratio/ROLE` (see `train.step.make_step`).
+    `tokens_per_s` (of those read), `wait_s` (seconds the step waited for its batch), `skipped` and `spikes` so far, and where they were
+    measured `sigmas` and `update_ratio/ROLE` (see `train.step.make_step`).
 
     **Arguments:**
 
@@ -100,7 +100,8 @@ def _fetch(ready: list[tuple[dict[str, float], Metrics]], clock: float) -> tuple
         return [], clock
     now = time.perf_counter()
     step_s = (now - clock) / len(values)
-    return [each | {"step_s": step_s, "tokens_per_s": each["tokens"] / step_s} for each in values], now
+    # Tokens that are only read take as long as those that are learned.
+    return [each | {"step_s": step_s, "tokens_per_s": each.get("tokens_read", each["tokens"]) / step_s} for each in values], now
 
 
 def _flat(metrics: Metrics) -> dict[str, float]:

@@ -1,5 +1,5 @@
 """Pictures that explain: what a row looks like to its own tokens, how far updates move the weights, what a model learns and forgets,
-how it scores."""
+how it scores, which tokens of a conversation are trained on."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -149,3 +149,68 @@ def _dots(axes: Any, lines: Sequence[_Line], label: str, scale: float) -> None:
     axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize="x-small", loc="best")
+
+
+def plot_tasks(before: Mapping[str, Any], after: Mapping[str, Any], png_path: str | os.PathLike[str]) -> Path:
+    """Draw the share of right answers to each task, before and after a run, with 95 % intervals (`train.intervals.Estimate.record`)."""
+    tasks = list(after)
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.45 * max(len(tasks), 1)), layout="constrained")
+    for moved, (found, words, colour) in enumerate(((before, "before", "tab:gray"), (after, "after", "tab:blue"))):
+        places = np.arange(len(tasks)) + 0.36 * (moved - 0.5)
+        shares = [found[task]["value"] for task in tasks]
+        below = [max(0.0, found[task]["value"] - found[task]["low"]) for task in tasks]
+        above = [max(0.0, found[task]["high"] - found[task]["value"]) for task in tasks]
+        axes.barh(places, shares, 0.34, color=colour, label=words, xerr=[below, above], error_kw={"linewidth": 1.0})
+    axes.set(yticks=range(len(tasks)), yticklabels=[f"{task} ({after[task]['n']})" for task in tasks], xlim=(0, 1))
+    axes.set(xlabel="right answers to held-out questions", title="learned")
+    axes.invert_yaxis()
+    axes.legend(fontsize="small")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(png_path, dpi=140)
+    plt.close(figure)
+    return Path(png_path)
+
+
+READ, LEARNED = "#e4e4e4", "#f6a04d"  # behind tokens that are only read, and those that are trained on
+LINE_CHARACTERS = 92
+
+
+def plot_conversation(
+    tokens: Sequence[str],
+    trained: Sequence[bool],
+    png_path: str | os.PathLike[str],
+    *,
+    title: str | None = None,
+    segments: Sequence[int] | None = None,
+) -> Path:
+    """Draw a conversation token by token, those that are trained on in colour.
+
+    **Arguments:**
+
+    - `tokens`: their text; line breaks end a line of the picture.
+    - `segments`: of a packed row, the number of the conversation of each token; a frame is drawn in a colour of its own, and 0, padding,
+        is left white.
+    """
+    shown = [token.replace("\n", "⏎").replace("\t", "→") for token in tokens]
+    places, line, at = [], 0, 0
+    for token, text in zip(tokens, shown, strict=True):
+        if at + len(text) > LINE_CHARACTERS:
+            line, at = line + 1, 0
+        places.append((line, at))
+        at += len(text)
+        if "\n" in token:
+            line, at = line + 1, 0
+    lines = places[-1][0] + 1 if places else 1
+    figure, axes = plt.subplots(figsize=(10, 0.7 + 0.24 * lines))
+    for i, (text, (row, column)) in enumerate(zip(shown, places, strict=True)):
+        segment = None if segments is None else segments[i]
+        face = "white" if segment == 0 else LEARNED if trained[i] else READ
+        edge = "white" if segment is None else plt.get_cmap("tab10")(segment % 10)
+        axes.add_patch(plt.Rectangle((column, row), len(text), 0.9, facecolor=face, edgecolor=edge, linewidth=0.8))
+        axes.text(column + len(text) / 2, row + 0.48, text, family="monospace", fontsize=7.4, ha="center", va="center", parse_math=False)
+    axes.set(xlim=(-0.5, LINE_CHARACTERS + 0.5), ylim=(lines + 0.1, -0.3))
+    axes.axis("off")
+    axes.set_title(title or "trained on: orange; only read: grey", fontsize=9, loc="left", parse_math=False)
+    figure.savefig(png_path, dpi=140, bbox_inches="tight")
+    plt.close(figure)
+    return Path(png_path)

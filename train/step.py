@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -96,21 +96,34 @@ class TrainState(eqx.Module):
         return eqx.combine(self.trainable, self.frozen)
 
     @property
+    def _trained(self) -> Any:
+        """The model with True at what is trained."""
+        return jax.tree.map(lambda leaf: leaf is not None, self.trainable, is_leaf=lambda leaf: leaf is None)
+
+    @property
     def averaged(self) -> Any:
         """The model at the average of its weights: that of the step, or a schedule-free optimizer's own; `None` where there is neither."""
         average = self.average if self.average is not None else averaged_by_optimizer(self.optimizer, self.trainable)
         return None if average is None else eqx.combine(average, self.frozen)
 
-    def items(self) -> dict[str, Any]:
-        """What a checkpoint holds of this state. `model` and `average` are whole, frozen arrays included: each loads alone."""
-        items = {"model": self.model, "optimizer": {"state": self.optimizer, "stats": self.stats}}
-        return items if self.averaged is None else items | {"average": self.averaged}
+    def items(self, *, by_reference: bool = False) -> dict[str, Any]:
+        """What a checkpoint holds of this state.
+
+        **Arguments:**
+
+        - `by_reference`: leave out what is frozen, a base that lies elsewhere and that the record names, with its digest (`lm.Base`). There
+          is `trainable` then, and `average` likewise; else `model` and `average` are whole, and each loads alone.
+        """
+        items = {"trainable": self.trainable} if by_reference else {"model": self.model}
+        items |= {"optimizer": {"state": self.optimizer, "stats": self.stats}}
+        if self.averaged is None:
+            return items
+        return items | {"average": eqx.filter(self.averaged, self._trained) if by_reference else self.averaged}
 
     def with_items(self, items: Mapping[str, Any], step: int) -> "TrainState":
-        """The state (this one may be abstract) with what a checkpoint held."""
-        trained = jax.tree.map(lambda leaf: leaf is not None, self.trainable, is_leaf=lambda leaf: leaf is None)
-        trainable, frozen = eqx.partition(items["model"], trained)
-        average = None if self.average is None else eqx.filter(items["average"], trained)
+        """The state (this one may be abstract) with what a checkpoint held. What was left out of it, `frozen`, stays this one's."""
+        trainable, frozen = (items["trainable"], self.frozen) if "trainable" in items else eqx.partition(items["model"], self._trained)
+        average = None if self.average is None else eqx.filter(items["average"], self._trained)
         optimizer, stats = items["optimizer"]["state"], items["optimizer"]["stats"]
         # Placed as the rest is: what a checkpoint gives is committed to its device, and so is all that the first step makes of it. A number
         # that is not would have the second step compiled again.
@@ -122,23 +135,54 @@ Metrics = dict[str, Any]
 Step = Callable[..., tuple[TrainState, Metrics]]
 
 
+class Told(NamedTuple):
+    """What an objective says of a batch, or of a micro-batch."""
+
+    loss: Loss
+    means: Aux  # name → (sum, count): a metric of that name is the mean over the batch
+    peaks: dict[str, Array]  # a metric of that name is the largest
+
+
+Objective = Callable[[Any, Any, Array], Told]  # (model in flight, batch, dropout key)
+
+
 def init_state(
-    model: AbstractLM, optimizer: optax.GradientTransformationExtraArgs, *, frozen: Sequence[str] = (), average: bool = False
+    model: AbstractLM,
+    optimizer: optax.GradientTransformationExtraArgs,
+    *,
+    frozen: Sequence[str] = (),
+    trainable: Any = None,
+    average: bool = False,
 ) -> TrainState:
     """The state before the first step.
 
     **Arguments:**
 
     - `frozen`: roles or paths of what is not trained (`train.optimizers`); every other floating array is.
+    - `trainable`: a tree of bools like the model, such as `lm.trainable_filter` gives: what is trained, less what is `frozen`. `None`:
+      every floating array.
     - `average`: keep an average of the weights.
+
+    **Raises:** `ValueError` where nothing is left to train, or where packed numbers would be.
     """
     check_patterns(frozen, model, "frozen")
-    trained = map_paths(lambda path, leaf: eqx.is_inexact_array(leaf) and not any(is_meant(path, pattern) for pattern in frozen), model)
+    asked = jax.tree.map(eqx.is_inexact_array, model) if trainable is None else trainable
+    trained = map_paths(lambda path, is_asked: is_asked and not any(is_meant(path, pattern) for pattern in frozen), asked)
     trainable, rest = eqx.partition(model, trained)
+    packed = [node for node in jax.tree.leaves(trainable, is_leaf=_is_packed) if _is_packed(node) and jax.tree.leaves(node)]
+    if packed:
+        raise ValueError(
+            f"{len(packed)} matrices of this model are packed ({type(packed[0]).__name__}), and packed numbers are not trained: put "
+            "adapters on (lm.add_lora) and give trainable=lm.trainable_filter(model), or train the model it was packed from"
+        )
     if not jax.tree.leaves(trainable):
         raise ValueError(f"frozen ({', '.join(frozen)}) leaves nothing to train")
     mean = jax.tree.map(jnp.array, trainable) if average else None
     return TrainState(trainable, rest, mean, optimizer.init(trainable), jnp.zeros((), jnp.int32), Stats.empty())
+
+
+def _is_packed(node: Any) -> bool:
+    return isinstance(node, Quantised)
 
 
 def make_step(
@@ -149,6 +193,8 @@ def make_step(
     dropout_key: Key[Array, ""],
     *,
     donate: bool = True,
+    measured: bool = False,
+    objective: Objective | None = None,
 ) -> "CompiledStep":
     """`step(state, batch, learning_rate, average_rate=0.0) -> (state, metrics)`, compiled at its first call. The state passed in is donated
     (unless `donate` is false): use the one returned.
@@ -156,39 +202,28 @@ def make_step(
     Metrics: `loss` (nats a token), `grad_norm` (before clipping), `tokens` (supervised), `skipped` and `spikes` (so far), `sigmas` (how
     far this step is from the last ones, see `Stats.sigmas`), and `update_ratio`: for each role the length of the update over that of its
     weights, NaN at steps where it is not measured. Also the mean of what the model's blocks report, by its name, such as `router_balance`
-    and `router_z` (`lm.moe`).
+    and `router_z` (`lm.moe`). Where `measured`, for fine-tuning: `token_accuracy` and `entropy` (nats a token) over supervised tokens,
+    `tokens_read` (all but padding), and the shares `supervised_share` (of the tokens read) and `padding_share` (of all places).
 
     What is minimised is the mean over supervised tokens of the cross entropy, plus `z_loss`, plus the model's `aux_weights` times those
     means. A mean of a micro-batch is its own, and counts by the supervised tokens it has.
+
+    `objective` takes its place where it is given, and says itself what a batch holds and what `loss` and `tokens` (its count) are of:
+    preferences (`train.preference`), policy gradients (`train.policy`).
     """
+    minimised = objective or next_token_objective(config, flight, ops, measured=measured)
 
-    def loss_of(trainable: Any, frozen: Any, batch: Batch, key: Array) -> tuple[Array, tuple[Loss, Aux]]:
-        flying = put_on_flight(eqx.combine(trainable, frozen), flight, ops)
-        facts = Facts(jnp.asarray(batch.positions), jnp.asarray(batch.segments))
-        hidden, _, aux = flying.hidden(jnp.asarray(batch.tokens), facts, key=key)
-        loss = next_token(
-            hidden,
-            flying.unembedding,
-            jnp.asarray(batch.targets),
-            jnp.asarray(batch.loss_weights),
-            ops=ops,
-            dtype=jnp.dtype(flight.dtype),
-            z_loss=config.z_loss,
-            softcap=flying.logit_softcap,
-            chunk=config.loss_chunk,
-        )
-        means = {name: total / jnp.maximum(count, 1.0) for name, (total, count) in aux.items()}
-        pull = sum((weight * means[name] for name, weight in flying.aux_weights.items()), jnp.zeros(()))
-        loss = loss._replace(total=loss.total + loss.count * pull)  # the step divides by the count of the whole batch
-        return loss.total, (loss, aux)
+    def loss_of(trainable: Any, frozen: Any, batch: Any, key: Array) -> tuple[Array, Told]:
+        told = minimised(put_on_flight(eqx.combine(trainable, frozen), flight, ops), batch, key)
+        return told.loss.total, told
 
-    def gradient_of(state: TrainState, batch: Batch, key: Array) -> tuple[Any, tuple[Loss, Aux]]:
+    def gradient_of(state: TrainState, batch: Any, key: Array) -> tuple[Any, Told]:
         """Sum of the gradients of all tokens, over micro-batches."""
         gradient = jax.grad(loss_of, has_aux=True)
         if config.micro_batches == 1:
             return gradient(state.trainable, state.frozen, batch, jr.fold_in(key, 0))
 
-        def of_micro_batch(sums: Any, numbered: tuple[Array, Batch]) -> tuple[Any, tuple[Loss, Aux]]:
+        def of_micro_batch(sums: Any, numbered: tuple[Array, Any]) -> tuple[Any, Told]:
             i, micro = numbered
             more, told = gradient(state.trainable, state.frozen, micro, jr.fold_in(key, i))
             return jax.tree.map(jnp.add, sums, more), told
@@ -197,13 +232,14 @@ def make_step(
         micro_batches = jax.tree.map(lambda x: x.reshape(k, x.shape[0] // k, *x.shape[1:]), batch)
         start = jax.tree.map(jnp.zeros_like, state.trainable)
         sums, told = jax.lax.scan(of_micro_batch, start, (jnp.arange(k), micro_batches))
-        return sums, jax.tree.map(jnp.sum, told)
+        peaks = jax.tree.map(jnp.max, told.peaks)
+        return sums, jax.tree.map(jnp.sum, told)._replace(peaks=peaks)
 
     def step(
-        changing: TrainState, frozen: Any, batch: Batch, learning_rate: Float[Array, ""], average_rate: Float[Array, ""]
+        changing: TrainState, frozen: Any, batch: Any, learning_rate: Float[Array, ""], average_rate: Float[Array, ""]
     ) -> tuple[TrainState, Metrics]:
         state = replace(changing, frozen=frozen)
-        sums, (loss, aux) = gradient_of(state, batch, jr.fold_in(dropout_key, state.step))
+        sums, (loss, aux, peaks) = gradient_of(state, batch, jr.fold_in(dropout_key, state.step))
         sums = map_paths(lambda path, g: mark(g, f"gradient/{path}"), sums)  # `train.debug` finds them by these names
         count = jnp.maximum(loss.count, 1.0)
         norm = optax.tree.norm(sums) / count
@@ -229,7 +265,11 @@ def make_step(
         stats = state.stats.after(mean_loss, norm, finite, spike)
         metrics = {"loss": mean_loss, "grad_norm": norm, "tokens": loss.count, "skipped": stats.skipped, "spikes": stats.spikes}
         metrics |= {"sigmas": sigmas}
-        metrics |= {name: total / jnp.maximum(told, 1.0) for name, (total, told) in aux.items()}
+        metrics |= {name: total / jnp.maximum(told, 1.0) for name, (total, told) in aux.items()} | peaks
+        if measured:
+            read = jnp.sum(batch.segments > 0)
+            metrics |= {"token_accuracy": loss.correct / count, "entropy": loss.entropy / count, "tokens_read": read}
+            metrics |= {"supervised_share": loss.count / jnp.maximum(read, 1), "padding_share": 1 - read / batch.segments.size}
         if config.ratios_every:
             due = (state.step + 1) % config.ratios_every == 0
             # Measured at every step, which costs nothing that shows: a `cond` would keep a copy of the weights for it.
@@ -241,6 +281,32 @@ def make_step(
     return CompiledStep(jax.jit(step, donate_argnums=0 if donate else ()), config.micro_batches)
 
 
+def next_token_objective(config: StepConfig, flight: Flight, ops: Ops, *, measured: bool = False) -> Objective:
+    """Cross entropy of the next token, z-loss, and what the model's blocks ask for (`AbstractLM.aux_weights`). `measured`: also count right
+    guesses and sum the entropy."""
+
+    def objective(model: Any, batch: Batch, key: Array) -> Told:
+        facts = Facts(jnp.asarray(batch.positions), jnp.asarray(batch.segments))
+        hidden, _, aux = model.hidden(jnp.asarray(batch.tokens), facts, key=key)
+        loss = next_token(
+            hidden,
+            model.unembedding,
+            jnp.asarray(batch.targets),
+            jnp.asarray(batch.loss_weights),
+            ops=ops,
+            dtype=jnp.dtype(flight.dtype),
+            z_loss=config.z_loss,
+            softcap=model.logit_softcap,
+            chunk=config.loss_chunk,
+            measured=measured,
+        )
+        means = {name: total / jnp.maximum(count, 1.0) for name, (total, count) in aux.items()}
+        pull = sum((weight * means[name] for name, weight in model.aux_weights.items()), jnp.zeros(()))
+        return Told(loss._replace(total=loss.total + loss.count * pull), aux, {})  # the step divides by the count of the whole batch
+
+    return objective
+
+
 @dataclass(frozen=True)
 class CompiledStep:
     """What `make_step` gives: a function, with a way to look at its program."""
@@ -248,7 +314,7 @@ class CompiledStep:
     jitted: Any  # (changing state, frozen, batch, learning rate, average rate) → (changing state, metrics)
     micro_batches: int
 
-    def __call__(self, state: TrainState, batch: Batch, learning_rate: float, average_rate: float = 0.0) -> tuple[TrainState, Metrics]:
+    def __call__(self, state: TrainState, batch: Any, learning_rate: float, average_rate: float = 0.0) -> tuple[TrainState, Metrics]:
         if batch.tokens.shape[0] % self.micro_batches:
             raise ValueError(f"batch ({batch.tokens.shape[0]} rows) must be a multiple of micro_batches ({self.micro_batches})")
         rates = jnp.asarray(learning_rate, jnp.float32), jnp.asarray(average_rate, jnp.float32)
@@ -263,8 +329,8 @@ class CompiledStep:
 
 
 def update_ratios(updates: Any, weights: Any) -> dict[str, Array]:
-    """For each role, over all layers: the length of the update over that of the weights. With AdamW around 1e-3 is usual; Muon begins far
-    above. What is far from its usual learns nothing, or is about to break."""
+    """For each role, over all layers: the length of the update over that of the weights, NaN while they are 0 (an adapter's `up`). With
+    AdamW around 1e-3 is usual; Muon begins far above. What is far from its usual learns nothing, or is about to break."""
 
     def lengths(tree: Any) -> dict[str, Array]:
         squares: dict[str, Array] = {}
@@ -273,7 +339,7 @@ def update_ratios(updates: Any, weights: Any) -> dict[str, Array]:
         return {name: jnp.sqrt(total) for name, total in squares.items()}
 
     of_weights = lengths(weights)
-    return {name: length / of_weights[name] for name, length in lengths(updates).items()}
+    return {name: length / jnp.where(of_weights[name] > 0, of_weights[name], jnp.nan) for name, length in lengths(updates).items()}
 
 
 def make_token_nats(flight: Flight, ops: Ops, chunk: int = 1024) -> Callable[[AbstractLM, Batch], Float[Array, "batch seq"]]:
@@ -286,8 +352,6 @@ def make_token_nats(flight: Flight, ops: Ops, chunk: int = 1024) -> Callable[[Ab
         facts = Facts(jnp.asarray(batch.positions), jnp.asarray(batch.segments))
         hidden, _, _ = flying.hidden(jnp.asarray(batch.tokens), facts)
         settings: dict[str, Any] = {"ops": ops, "dtype": jnp.dtype(flight.dtype), "softcap": flying.logit_softcap, "chunk": chunk}
-        unembedding = flying.unembedding
-        matrix = unembedding.unpacked() if isinstance(unembedding, Quantised) else unembedding
-        return -token_log_probs(hidden, matrix, jnp.asarray(batch.targets), **settings)
+        return -token_log_probs(hidden, flying.unembedding, jnp.asarray(batch.targets), **settings)
 
     return lambda model, batch: token_nats(model, jax.tree.map(jnp.asarray, batch))

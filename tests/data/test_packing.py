@@ -24,6 +24,9 @@ class Numbered:
         assert start + length <= LENGTHS[i]
         return 100 * i + np.arange(start, start + length, dtype=np.int32)
 
+    def weights(self, i: int, start: int, length: int) -> np.ndarray:
+        return np.ones(length, np.float32)
+
 
 def pairs_with_loss(plan: Plan) -> Counter:
     """(document, first token) of every pair that carries loss, read back from the rows, targets checked."""

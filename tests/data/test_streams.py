@@ -26,6 +26,9 @@ class Written:
     def piece(self, i: int, start: int, length: int) -> np.ndarray:
         return np.array(self.documents[i][start : start + length])
 
+    def weights(self, i: int, start: int, length: int) -> np.ndarray:
+        return np.ones(length, np.float32)
+
 
 @pytest.fixture(params=["grain", ".jsonl", ".jsonl.gz"])
 def stream(request, tmp_path) -> grain.IterDataset:

@@ -1,5 +1,7 @@
 """A step that is not finite names the operation, the line, the weights and the gradients."""
 
+from functools import lru_cache
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,7 @@ def start(n_layers=1):
     return init_state(tiny("llama", n_layers=n_layers), SGD)
 
 
+@lru_cache  # one step compiles once for all tests
 def watched(flight=Flight(), ops=lm.REFERENCE, optimizer=SGD):  # noqa: B008
     """A step that leaves its input alive."""
     return debug_nans(make_step(optimizer, StepConfig(), flight, ops, jr.key(0), donate=False))
