@@ -110,7 +110,9 @@ class ChatFormat:
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> np.ndarray:
         """The ids that ask for an answer: everything before what the model would say. In training they are the same."""
-        conversation = _with_stand_ins(self._stand_ins, Conversation(tuple(messages), None if tools is None else tuple(tools)))
+        conversation = _with_stand_ins(
+            self._stand_ins, Conversation(tuple(messages), None if tools is None else tuple(dict(tool) for tool in tools))
+        )
         return self._piece(self._rendered(conversation, len(messages), asking=True), trained=False).tokens
 
     def pieces(self, conversation: Conversation) -> list[list[Piece]]:

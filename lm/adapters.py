@@ -80,8 +80,8 @@ class LoRA(eqx.Module):
         return y if self.base.bias is None else y + self.base.bias.astype(y.dtype)
 
     def row_lengths(self, after: Float[Array, "*batch d_in"] | None = None) -> Float[Array, " d_out"]:
-        """The length of each row of W + s · up down, in fp32, without gradient. `after`: what a packed W waits for, to be unpacked no earlier
-        than the layer runs."""
+        """The length of each row of W + s · up down, in fp32, without gradient. `after`: what a packed W waits for, to be unpacked no
+        earlier than the layer runs."""
         down, up, weight = jax.lax.stop_gradient((self.down, self.up.astype(jnp.float32), self.base.weight))
         weight = weight.after(after) if isinstance(weight, Quantised) and after is not None else weight
         crossed = jnp.sum(up * self.ops.linear(down.astype(weight.dtype), weight, jnp.float32).T, axis=1)

@@ -80,9 +80,9 @@ class Quantised(eqx.Module):
         return matrix if scales is None else (matrix.astype(jnp.float32) * scales[:, None]).astype(self.dtype)
 
     def after(self, array: Float[Array, "*shape"]) -> "Quantised":
-        """The same numbers, not to be had before `array` is: XLA for CPUs finds that a backward pass, or a second look, unpacks what has been
-        unpacked, and keeps all of it in between. An optimization barrier is gone before it looks; a term that is 0 unless the array is NaN is
-        not."""
+        """The same numbers, not to be had before `array` is: XLA for CPUs finds that a backward pass, or a second look, unpacks what has
+        been unpacked, and keeps all of it in between. An optimization barrier is gone before it looks; a term that is 0 unless the array is
+        NaN is not."""
         term = jnp.isnan(jax.lax.stop_gradient(array)[(0,) * array.ndim])
         return jax.tree.map(lambda leaf: leaf + term.astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.integer) else leaf, self)
 

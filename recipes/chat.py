@@ -16,9 +16,8 @@ appended to `--out` as soon as their batch is done; a run that was stopped goes 
 import json
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -28,6 +27,7 @@ from pydantic import Field, model_validator
 
 from data.tokenizer import Tokenizer
 from lm.base import AbstractLM
+from lm.decoding import CHUNKS
 from recipes import chat_commands
 from recipes.chat_batch import answer_all
 from recipes.command_line import fail, resumable
@@ -143,7 +143,7 @@ class Chat:
             talk.messages.append({"role": "user", "content": text})
         try:
             with stopping() as stopped:
-                turn = talk.reply(self.config.draw(), show, reading=partial(progress, "tokens read"), stopped=stopped)
+                turn = talk.reply(self.config.draw(), show, reading=reading, stopped=stopped)
         except ValueError:
             talk.messages = before
             raise
@@ -160,6 +160,11 @@ class Chat:
 
 def show(piece: str) -> None:
     print(piece, end="", flush=True)
+
+
+def reading(total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """A bar, where there is more than one chunk to wait for."""
+    return progress("tokens read", total) if total > CHUNKS[-1] else nullcontext(lambda done: None)
 
 
 @contextmanager

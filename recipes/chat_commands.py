@@ -62,10 +62,15 @@ def undo(chat: "Chat", argument: str) -> None:
 
 def retry(chat: "Chat", argument: str) -> None:
     """draw another reply to your last message"""
+    before = list(chat.talk.messages)
     message = chat.talk.undo()
     if message is None:
         raise ValueError("there is no message to reply to")
-    chat.answer(message["content"])
+    try:
+        chat.answer(message["content"])
+    except ValueError:
+        chat.talk.messages = before
+        raise
 
 
 def history(chat: "Chat", argument: str) -> None:

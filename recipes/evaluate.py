@@ -32,6 +32,7 @@ from loguru import logger
 from pydantic import Field, field_validator
 
 import lm
+from lm.digests import digest
 from recipes.command_line import RecipeConfig, claimed, fail, parse, resumable
 from recipes.evaluate_model import run_with
 from recipes.evaluate_open import check_specs, open_task
@@ -40,11 +41,11 @@ from recipes.evaluate_tasks import Exam, Key, Task
 from recipes.evaluate_words import Words
 from recipes.loading import load
 from recipes.running import ENDS_IN_WORDS, commit, save_config
-from train.checkpoint import digest
 from train.evaluate import Scorer
 from train.logs import plain_messages, progress, words_kept, write_json
 from train.pictures import plot_scores
-from train.runtime import choose_device, compilation_cache, device_facts, process_settings
+from train.process import process_settings
+from train.runtime import choose_device, compilation_cache, device_facts
 from train.step import make_token_nats
 
 LINE_EVERY_S = 30.0  # where there is no terminal to draw a bar on

@@ -41,6 +41,7 @@ from data.rows import describe_rows, training_rows
 from data.sources import open_source
 from data.tasks import instructions
 from lm.base import AbstractLM, leaves_by_path, role
+from lm.digests import digest
 from recipes.command_line import claimed, fail, how_to_resume, parse, resumable
 from recipes.continue_pretrain import look, prepared
 from recipes.corpus import describe_mixture, describe_packing, describe_source, encode
@@ -73,7 +74,7 @@ from recipes.running import (
 )
 from train.adapters import AdapterConfig, adapted, trained_part
 from train.averages import AverageConfig, average_rate
-from train.checkpoint import Checkpoints, digest
+from train.checkpoint import Checkpoints
 from train.debug import debug_nans
 from train.logs import RunLog, mfu, model_flops_per_token, plain_messages, plot_curves, read_metrics, words_kept, write_json
 from train.loop import interruptible, steps

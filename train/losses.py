@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from lm.generate import Sampler
 from lm.kernels import Ops, soft_cap
 from lm.quant import Quantised, unpacked
 
@@ -70,14 +71,23 @@ def token_log_probs(
     dtype: Any = jnp.float32,
     softcap: float | None = None,
     chunk: int = CHUNK,
+    sampler: Sampler | None = None,
 ) -> Float[Array, "*batch seq"]:
-    """log p(target) of every token, differentiable; the logits are made again in the backward pass instead of being kept."""
+    """log p(target) of every token, differentiable; the logits are made again in the backward pass instead of being kept.
+
+    `sampler`: p is the distribution it draws from, with its temperature and what it cuts off, instead of the model's own. A target that was
+    inside when it was drawn and is outside now is added to what is kept.
+    """
     flat_hidden, flat_targets, _ = _flat(hidden, targets, jnp.ones(targets.shape), chunk)
     weight = unpacked(unembedding).astype(dtype)
 
     @jax.checkpoint
     def of_chunk(h: Array, target: Array) -> Array:
         logits = _capped(ops.linear(h.astype(dtype), weight, jnp.float32), softcap)
+        if sampler is not None:
+            scaled = sampler.adjusted(logits, None)
+            hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == target[:, None]
+            logits = jnp.where(hit, scaled / sampler.temperature, sampler.filtered(scaled))
         return _target_logit(logits, target) - jax.nn.logsumexp(logits, axis=-1)
 
     log_probs = jax.lax.map(lambda pair: of_chunk(*pair), (flat_hidden, flat_targets))
