@@ -35,7 +35,6 @@ from data.tasks.problems import RewardError, Share, in_order, pass_at_k
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from lm.base import AbstractLM
 from lm.digests import digest
-from lm.flight import Flight
 from lm.generate import Sampler
 from lm.models.qwen3 import Qwen3Config
 from recipes.command_line import claimed, fail, how_to_resume, parse, resumable
@@ -62,7 +61,7 @@ from train.logs import RunLog, plain_messages, read_metrics, words_kept, write_j
 from train.loop import interruptible
 from train.optimizers import OptimizerConfig, build_optimizer
 from train.policy import ALGORITHMS, Algorithm, policy_objective
-from train.rl import FP32_GAP, GapError, check_gap, describe, make_log_probs, parts_of, policy_batch
+from train.rl import FP32_GAP, GapError, check_gap, describe, gap_of, make_log_probs, parts_of, policy_batch
 from train.rollout_view import draw_learning, keep_rollouts
 from train.runtime import choose_device, compilation_cache, device_facts, peak_flops
 from train.step import StepConfig, TrainState, init_state, make_step
@@ -80,26 +79,26 @@ class Config(RunConfig):
     )
     task: Literal["arithmetic", "calculator", "countdown", "counting", "reversal"] = Field("arithmetic", description="see data/tasks")
     reward_weights: dict[str, float] = Field({}, description="weights of the task's rewards by name, in place of its own")
-    d_model: int = Field(128, gt=0, description="width of a fresh model")
-    n_layers: int = Field(4, gt=0, description="blocks of a fresh model")
+    d_model: int = Field(64, gt=0, description="width of a fresh model")
+    n_layers: int = Field(2, gt=0, description="blocks of a fresh model")
     n_heads: int = Field(4, gt=0, description="heads of a fresh model")
-    d_ff: int = Field(352, gt=0, description="hidden width of a fresh model's MLPs")
+    d_ff: int = Field(176, gt=0, description="hidden width of a fresh model's MLPs")
 
-    warm_examples: int = Field(1000, ge=0, description="worked examples imitated before RL; 0: none, begin with RL")
+    warm_examples: int = Field(400, ge=0, description="worked examples imitated before RL; 0: none, begin with RL")
     warm_batch: int = Field(128, gt=0, description="examples a step")
-    warm_peak: float = Field(2e-3, gt=0, description="learning rate of imitation")
+    warm_peak: float = Field(3e-3, gt=0, description="learning rate of imitation")
     warm_steps: int = Field(3000, gt=0, description="steps of imitation at most")
     warm_every: int = Field(50, gt=0, description="steps between looks at the held-out problems; the best look is where RL begins")
-    warm_patience: int = Field(10, gt=0, description="looks without a new best after which imitation ends")
+    warm_patience: int = Field(8, gt=0, description="looks without a new best after which imitation ends")
 
     algorithm: Literal["reinforce", "rloo", "grpo", "dr_grpo", "dapo", "gspo"] = Field("grpo", description="see the table in docs/rl.md")
-    steps: int = resumable(600, ge=1, description="batches of answers to learn from")
-    prompts: int = Field(64, ge=1, description="prompts a batch")
+    steps: int = resumable(800, ge=1, description="batches of answers to learn from")
+    prompts: int = Field(32, ge=1, description="prompts a batch")
     n: int = Field(16, ge=1, description="answers to each")
     max_new_tokens: int = Field(6, ge=1, description="longest answer, its end included")
     passes: int = Field(1, ge=1, description="times each batch is learned from")
     parts: int = Field(1, ge=1, description="updates in one pass: the batch in so many parts")
-    peak: float = Field(3e-4, gt=0, description="learning rate of RL, after a rise over 10 steps")
+    peak: float = Field(5e-4, gt=0, description="learning rate of RL, after a rise over 10 steps")
     optimizer: OptimizerConfig = OptimizerConfig(name="adamw", beta2=0.99, weight_decay=0.0)
     step: StepConfig = StepConfig()
     clip_low: float | None = Field(None, gt=0, description="the ratio is clipped at 1 - this; None: the algorithm's own")
@@ -115,10 +114,12 @@ class Config(RunConfig):
     min_p: float | None = Field(None, ge=0, le=1, description="draw among tokens at least this fraction as likely as the likeliest")
 
     dtype: Literal["auto", "float32", "bfloat16"] = resumable("float32", description="operands of the blocks' products; the head is fp32")
-    gap_limit: float = Field(
-        FP32_GAP, gt=0, description="float32: nats by which sampler and trainer may differ on a token; above, the run stops"
+    gap_limit: float | None = Field(
+        None,
+        gt=0,
+        description="nats by which sampler and trainer may differ on a token; above, the run stops. None: 1e-4 in float32; in bfloat16 "
+        "three times the largest gap of three calibration draws before the first step, which is then written into the run's config",
     )
-    gap_limit_bf16: float = Field(0.1, gt=0, description="bfloat16: the same, three times the largest of three calibration runs")
     answers: int = Field(8, ge=1, description="answers to each held-out problem in a look; pass@1 and pass@this are reported")
     validate_every: int = resumable(50, ge=1, description="steps between looks at the held-out problems")
     validate_rows: int = resumable(512, ge=1, description="held-out problems in such a look; the last one takes all")
@@ -146,10 +147,6 @@ class Config(RunConfig):
     def rows(self) -> int:
         """Answers a batch."""
         return self.prompts * self.n
-
-    def limit_of(self, flight: Flight) -> float:
-        """Of the gap between sampler and trainer."""
-        return self.gap_limit if flight.dtype == "float32" else self.gap_limit_bf16
 
     @property
     def chosen(self) -> Algorithm:
@@ -250,6 +247,7 @@ class Learner:
     step: Any
     log_probs: Any  # (model, batch) → by the trainer
     reference: AbstractLM | None
+    gap_limit: float
     baseline: RunningMean
     cursor: int  # number of the next problem
 
@@ -274,7 +272,7 @@ class Learner:
 
         batch = policy_batch(judged.rollouts, judged.rewards, seq=self.drawing.row)
         batch = batch._replace(old_log_probs=self.log_probs(state.model, batch))
-        gap = check_gap(batch, config.limit_of(self.drawing.flight), self.drawing.wording.tokenizer.tokens_of)
+        gap = check_gap(batch, self.gap_limit, self.drawing.wording.tokenizer.tokens_of)
         metrics |= {"gap": gap.mean, "gap_max": gap.largest}
         penalty = None
         if self.reference is not None:
@@ -332,7 +330,11 @@ def reinforce(config: Config, folder: Path, model: AbstractLM, drawing: Drawing,
         state, start, record = found or (fresh_state(), 0, {"cursor": 0, "baseline": None, "train_s": 0.0})
         state = replace(state, step=state.step * config.passes * config.parts)  # it counts updates
         reference = model if config.kl_weight else None
-        learner = Learner(config, drawing, step, log_probs, reference, RunningMean(value=record["baseline"]), record["cursor"])
+        config = config if config.gap_limit is not None else calibrated(config, model, drawing, log_probs)
+        assert config.gap_limit is not None
+        learner = Learner(
+            config, drawing, step, log_probs, reference, config.gap_limit, RunningMean(value=record["baseline"]), record["cursor"]
+        )
         train_s, idle = record["train_s"], 0
         session = session_facts(device, ops, flight, peak_flops(device))
         facts = {"model_type": model.config.model_type, "parameters": model.n_params, **model.config.model_dump()}
@@ -381,6 +383,22 @@ def reinforce(config: Config, folder: Path, model: AbstractLM, drawing: Drawing,
     results = summary(folder, config, train_s, ks)
     write_json(folder / "results.json", results)
     return results
+
+
+def calibrated(config: Config, model: AbstractLM, drawing: Drawing, log_probs: Any) -> Config:
+    """The config with a limit on the gap between sampler and trainer."""
+    if drawing.flight.dtype == "float32":
+        return config.model_copy(update={"gap_limit": FP32_GAP})
+    gaps = []
+    for i in range(3):
+        rollouts = drawing.draw(model, drawing.task.train[: config.prompts], config.n, jr.fold_in(jr.key(config.seed + 3), i))
+        batch = policy_batch(rollouts, np.ones(len(rollouts)), seq=drawing.row)
+        gaps.append(gap_of(batch._replace(old_log_probs=log_probs(model, batch))).largest)
+    shown = ", ".join(f"{gap:.2e}" for gap in gaps)
+    logger.info(
+        f"sampler and trainer in {drawing.flight.dtype}: largest gaps of three draws {shown} nats; the limit is {3 * max(gaps):.2e}"
+    )
+    return config.model_copy(update={"gap_limit": 3 * max(gaps)})
 
 
 class Clock:

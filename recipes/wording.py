@@ -107,8 +107,8 @@ class Wording:
             whole = np.concatenate([prompt, answer])
             if (pairs := len(whole) - 1) > seq:
                 raise ValueError(
-                    f"{problem.prompt!r} and its solution have {len(whole)} tokens, more than a row of {seq} targets holds: allow "
-                    "longer answers"
+                    f"{problem.prompt!r} and its solution have {len(whole)} tokens, more than a row of {seq} targets holds: "
+                    "allow longer answers"
                 )
             batch.tokens[row, :pairs], batch.targets[row, :pairs] = whole[:-1], whole[1:]
             batch.positions[row, :pairs], batch.segments[row, :pairs] = np.arange(pairs), 1
