@@ -83,7 +83,7 @@ def test_stacked_turns_learn_what_the_loop_does(family):
     model = tiny(family, attention_dropout=0.3, **FAMILIES[family])
     looped = gradient(model, Flight(), key=jr.key(7))
     for one, other in zip(gradient(model, Flight(layers="scan", remat="full"), key=jr.key(7)), looped, strict=True):
-        np.testing.assert_allclose(one, other, atol=2e-5 * np.abs(other).max() + 1e-7)
+        np.testing.assert_allclose(one, other, atol=5e-5 * np.abs(other).max() + 1e-7)  # fp32 sums in another order, through eight layers
     if family == "gemma2":  # what the hand-written backward passes do with soft-caps and the norms' offset
         looped = gradient(model, Flight())
         for one, other in zip(gradient(model, Flight(layers="scan"), lm.BACKENDS["cpu"]), looped, strict=True):
