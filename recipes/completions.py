@@ -11,8 +11,10 @@ from jaxtyping import Array, Key
 
 from data.tokenizer import Tokenizer
 from lm.base import AbstractLM
-from lm.generate import GREEDY, PROMPT_ROUNDING, SLOT_ROUNDING, Sampler, decode, prefill
+from lm.decoding import cache_dtype, decode, prefill
+from lm.generate import PROMPT_ROUNDING, SLOT_ROUNDING
 from lm.kernels import Ops
+from lm.sampling import GREEDY, Sampler
 from recipes.stop_strings import before_stop
 
 PIECE = 32  # tokens drawn between two looks for stop strings
@@ -59,10 +61,8 @@ def complete(
     slots = -(-(width + max_new_tokens) // SLOT_ROUNDING) * SLOT_ROUNDING
     lengths = jnp.asarray([len(prompt) for prompt in prompts])
     penalised = sampler.repetition_penalty != 1
-    dtype = model.blocks[0].attn.k_proj.weight.dtype
-    state = prefill(
-        model, jnp.asarray(tokens), lengths, slots, jr.split(jr.key(0) if key is None else key, len(prompts)), dtype, penalised, ops
-    )
+    keys = jr.split(jr.key(0) if key is None else key, len(prompts))
+    state = prefill(model, jnp.asarray(tokens), lengths, slots, keys, cache_dtype(model), penalised, ops)
 
     drawn: list[list[int]] = [[] for _ in prompts]
     found: list[Written | None] = [None for _ in prompts]

@@ -39,8 +39,9 @@ from recipes.evaluate_open import check_specs, open_task
 from recipes.evaluate_report import published_scores, show, with_published
 from recipes.evaluate_tasks import Exam, Key, Task
 from recipes.evaluate_words import Words
-from recipes.loading import load
+from recipes.loading import kept_as, load
 from recipes.running import ENDS_IN_WORDS, commit, save_config
+from train.backends import choose_dtype
 from train.evaluate import Scorer
 from train.logs import plain_messages, progress, words_kept, write_json
 from train.pictures import plot_scores
@@ -70,7 +71,12 @@ class Config(RecipeConfig):
     normalisation: Literal["raw", "per_token", "per_character", "per_byte", "per_nonspace"] = Field(
         "per_character", description="what log p is divided by in the headline; the others are reported, too"
     )
-    opening: str | None = Field(None, description="token that every text begins with; None: what the tokenizer puts there by itself")
+    opening: str | None = Field(
+        None, description="token that prompts and sentences begin with; None: what the tokenizer puts there by itself. Not of texts"
+    )
+    weights: Literal["keep", "int8", "int4", "nf4"] = Field(
+        "keep", description="how the matrices are kept: as loaded, or packed (lm.quant)"
+    )
     seq: int | None = Field(
         None, ge=2, description="tokens of a window over texts, moved on by half of it; None: the context, at most 1024"
     )
@@ -119,8 +125,12 @@ def run(config: Config, folder: Path) -> None:
     compilation_cache()
     model, tokenizer, origin = load(config.model)
     facts = device_facts(device)
+    if config.weights != "keep":
+        model, _ = kept_as(model, config.weights, config.dtype if config.dtype != "auto" else choose_dtype(facts))
     ops, flight = run_with(model, facts, config.dtype, config.backend)
-    logger.info(f"{origin}: {model.config.model_type}, {model.n_params:,} parameters, context {model.config.context}")
+    logger.info(
+        f"{origin}: {model.config.model_type}, {model.n_params:,} parameters, context {model.config.context}, weights {config.weights}"
+    )
     logger.info(f"on {device.device_kind}: kernels {ops.name}, {flight.dtype}")
     words = Words(tokenizer, config.opening, config.chat_template, config.system)
     logger.info(

@@ -21,8 +21,8 @@ class Words:
 
     @property
     def prefix(self) -> np.ndarray:
-        """Before every text without a template."""
-        return np.asarray(self.tokenizer.prompt_prefix if self.opening is None else [self._named()], np.int32)
+        """Before every text without a template: what the tokenizer puts there by itself."""
+        return np.asarray(self.tokenizer.prompt_prefix if self.opening is None else [self._named(self.opening)], np.int32)
 
     @property
     def start(self) -> np.ndarray:
@@ -66,10 +66,10 @@ class Words:
         """log p(text) of each, with nothing before it. Never in a template."""
         return [Request(self.start, ids) for ids in self.tokenizer.encode_batch(texts)]
 
-    def _named(self) -> int:
-        found = self.tokenizer._core.token_to_id(self.opening or "")
+    def _named(self, token: str) -> int:
+        found = self.tokenizer.id_of(token)
         if found is None:
-            raise ValueError(f"--opening {self.opening!r} is no token of this model's tokenizer: expected one such as '<|endoftext|>'")
+            raise ValueError(f"--opening {token!r} is no token of this model's tokenizer: expected one such as '<|endoftext|>'")
         return found
 
 

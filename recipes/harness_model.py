@@ -24,7 +24,7 @@ import lm
 from data.requests import Request, RequestPlan
 from data.tokenizer import Tokenizer
 from lm.base import AbstractLM
-from lm.generate import GREEDY, Sampler
+from lm.sampling import GREEDY, Sampler
 from recipes.completions import complete
 from recipes.evaluate_model import run_with
 from recipes.loading import load

@@ -57,7 +57,17 @@ def imports(path: str, source: str, modules: set[str]) -> Iterator[tuple[int, st
     package = module_name(path).split(".")
     if not path.endswith("__init__.py"):
         package = package[:-1]
-    for node in ast.walk(ast.parse(source, path)):
+    tree = ast.parse(source, path)
+    types_only = {
+        below
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for part in node.body
+        for below in ast.walk(part)
+    }
+    for node in ast.walk(tree):
+        if package[0] == "recipes" and node in types_only:  # names for annotations, never imported; the floors below may not even name
+            continue
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

@@ -19,7 +19,6 @@ from lm.base import AbstractLM
 from lm.flight import Flight, put_on_flight
 from lm.kernels import Ops
 from lm.masks import Facts
-from lm.quant import Quantised
 from train.losses import CHUNK, token_scores
 
 
@@ -122,9 +121,7 @@ def score_tails(
 ) -> tuple[Float[Array, "rows places"], Bool[Array, "rows places"]]:
     """log p(target) of every place, and whether it is the likeliest there. The cache is looked at and left as it is."""
     hidden, _, _ = model.hidden(tokens, Facts(positions, segments), cache)
-    unembedding = model.unembedding
-    matrix = unembedding.unpacked() if isinstance(unembedding, Quantised) else unembedding
-    return token_scores(hidden, matrix, targets, ops=ops, dtype=dtype, softcap=model.logit_softcap, chunk=chunk)
+    return token_scores(hidden, model.unembedding, targets, ops=ops, dtype=dtype, softcap=model.logit_softcap, chunk=chunk)
 
 
 def _of(rows: ScoredRows) -> tuple[Array, Array, Array]:

@@ -96,7 +96,7 @@ def token_log_probs(
 
 def token_scores(
     hidden: Float[Array, "*batch seq d_model"],
-    unembedding: Float[Array, "vocab d_model"],
+    unembedding: Float[Array, "vocab d_model"] | Quantised,
     targets: Int[Array, "*batch seq"],
     *,
     ops: Ops,
@@ -106,7 +106,7 @@ def token_scores(
 ) -> tuple[Float[Array, "*batch seq"], Bool[Array, "*batch seq"]]:
     """log p(target) of every token, as `token_log_probs`, and whether the target is the likeliest token. Nothing to differentiate."""
     flat_hidden, flat_targets, _ = _flat(hidden, targets, jnp.ones(targets.shape), chunk)
-    weight = unembedding.astype(dtype)
+    weight = unpacked(unembedding).astype(dtype)
 
     def of_chunk(h: Array, target: Array) -> tuple[Array, Array]:
         logits = _capped(ops.linear(h.astype(dtype), weight, jnp.float32), softcap)
