@@ -76,6 +76,7 @@ from train.adapters import AdapterConfig, adapted, trained_part
 from train.averages import AverageConfig, average_rate
 from train.checkpoint import Checkpoints
 from train.debug import debug_nans
+from train.lineage import continued_from
 from train.logs import RunLog, mfu, model_flops_per_token, plain_messages, plot_curves, read_metrics, words_kept, write_json
 from train.loop import interruptible, steps
 from train.optimizers import OptimizerConfig, ScheduleConfig, build_optimizer, learning_rate
@@ -257,7 +258,7 @@ def run(config: Experiment, folder: Path, recipe: str) -> None:
     describe_mixture(mixture)
     conversations = {"train": counts_of(train_tokens), "held_out": counts_of(held_out)}
     manifest: dict[str, Any] = {
-        "continued_from": {"source": config.source.name, "digest": began},
+        "continued_from": continued_from(config.source, began),
         "corpus": source.record,
         "conversations": conversations,
         "chat": {"stop_ids": list(form.stop_ids), "turns": config.turns, "overlong": config.overlong, "template": tokenizer.chat_templates},

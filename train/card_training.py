@@ -63,7 +63,13 @@ def settings_section(stage: Stage) -> list[str]:
     speed = stage.get("results", {}).get("tokens_per_s")
     hours = "" if stage.get("hours") is None else f", {_hours(stage['hours'])} hours of training"
     lines = ["## Hyper-parameters of the last stage", "", *table(("setting", "value"), [(n, f"`{v}`") for n, v in settings.items()]), ""]
-    lines += [f"On {_machine(stage)}{hours}" + (f", {speed:,.0f} tokens/s" if speed else "") + f"; {versions}.{commit}", ""]
+    lines += [
+        f"On {_machine(stage)}{hours}"
+        + (f", {speed:,.0f} tokens/s" if speed else "")
+        + (f"; {versions}" if versions else "")
+        + f".{commit}",
+        "",
+    ]
     return lines if settings else lines[-2:]
 
 
@@ -76,6 +82,8 @@ def _corpus_words(stage: Mapping[str, Any]) -> str:
         return f"the standard library of {corpus['python']}"
     if corpus.get("parts"):
         return "; ".join(f"{part['weight']:.1%} {_corpus_words({'corpus': part})}" for part in corpus["parts"])
+    if not corpus and "task" in stage:
+        return f"problems of {stage['task']}"
     return f"{corpus.get('spec', 'not recorded')}" + (f" ({corpus['kind'].replace('_', ' ')})" if "kind" in corpus else "")
 
 
