@@ -100,7 +100,8 @@ def save_adapter(model: AbstractLM, names: Names, folder: Path, *, base: Base, a
     trained = trainable_filter(model, also)  # checks both
     slots, tensors = _slots(model, names)
     slots = {module: slot for module, slot in slots.items() if any(path in adapters for path in slot.paths)}
-    found, settings = {}, {}
+    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for module, slot in slots.items():
         arrays, settings[module] = _written(slot, adapters)
         found |= {f"{_PREFIX}{module}.{name}": array for name, array in arrays.items()}
@@ -226,7 +227,7 @@ def load_adapter(model: Model, names: Names, folder: Path, *, base: Base | None 
         )
     loras = _loras(arrays, slots, config)
     model = map_nodes(lambda path, linear: loras[path](linear) if path in loras else linear, model, lambda node: isinstance(node, Linear))
-    leaves = {}
+    leaves: dict[str, Any] = {}
     for key in arrays.keys() & tensors.keys():
         for piece, array in zip(tensors[key], cut(arrays[key], tensors[key]), strict=True):
             leaves |= dict.fromkeys(_in_wrapper(piece.path), array)
@@ -251,7 +252,7 @@ def _file(folder: Path, name: str) -> Path:
 def _check_config(config: Mapping[str, Any], folder: Path) -> None:
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder} holds an adapter of type {config.get('peft_type')!r}; only LORA is known here")
-    nothing = (None, False, {}, [], "none")
+    nothing: tuple[Any, ...] = (None, False, {}, [], "none")
     unknown = {name: value for name, value in config.items() if name not in _HARMLESS | _READ and value not in nothing}
     if config.get("init_lora_weights") not in _KEEPS_THE_BASE:
         unknown["init_lora_weights"] = config["init_lora_weights"]

@@ -105,7 +105,9 @@ class LoRA(eqx.Module):
     @property
     def weight(self) -> Float[Array, "d_out d_in"]:
         """That matrix, made anew at each asking."""
-        return self.merged().weight
+        merged = self.merged().weight
+        assert not isinstance(merged, Quantised), "merging unpacks"
+        return merged
 
 
 @jax.checkpoint

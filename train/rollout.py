@@ -9,7 +9,6 @@ was really sampled* (temperature and truncation included) and that distribution'
     columns     the tokens of an answer, its stop id included, -1 after its end
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -113,7 +112,8 @@ def roll_out(
     left = np.full(rows, max_new_tokens)
     for call in range(calls + 1):
         state, drawn = _draw(model, state, jnp.asarray(left, jnp.int32), stops, sampler, max_new_tokens, decoding, ops)
-        left = left - written.add(*jax.device_get(drawn), stop_ids)
+        tokens_drawn, log_probs, entropies = jax.device_get(drawn)
+        left = left - written.add(tokens_drawn, log_probs, entropies, stop_ids)
         if tool is None or call == calls:
             break
         waiting = ~written.ended & (written.last == tool.ends_call) & (left > 0)
@@ -148,7 +148,7 @@ def _start(model: AbstractLM, tokens: Array, lengths: Array, slots: int, keys: A
     return prefill(put_on_flight(model, flight, ops), tokens, lengths, slots, keys, jnp.dtype(flight.dtype), False, ops)
 
 
-@functools.partial(eqx.filter_jit, donate="all-except-first")
+@eqx.filter_jit(donate="all-except-first")
 def _draw(
     model: AbstractLM, state: Decoding, left: Array, stop_ids: Array, sampler: Sampler, most: int, flight: Flight, ops: Ops
 ) -> tuple[Decoding, tuple[Array, Array, Array]]:
@@ -188,7 +188,7 @@ def _draw(
     return state, out
 
 
-@functools.partial(eqx.filter_jit, donate="all-except-first")
+@eqx.filter_jit(donate="all-except-first")
 def _read(
     model: AbstractLM, state: Decoding, said: Int[Array, "rows columns"], waiting: Bool[Array, " rows"], flight: Flight, ops: Ops
 ) -> Decoding:
