@@ -74,8 +74,8 @@ def prefill(
 
 
 def begin(model: AbstractLM, batch: int, slots: int) -> Decoding:
-    """A batch that has read nothing yet, with room for `slots` tokens a row: `extend` it before anything is drawn. Its caches do not count as
-    fresh, so that what is read first and what is read later are one program."""
+    """A batch that has read nothing yet, with room for `slots` tokens a row: `extend` it before anything is drawn. Its caches do not count
+    as fresh, so that what is read first and what is read later are one program."""
     return Decoding(
         cache=_rewound(model.empty_cache((batch,), slots, cache_dtype(model)), jnp.zeros((), jnp.int32)),
         logits=jnp.zeros((batch, model.config.vocab)),
