@@ -13,79 +13,40 @@ A file of prompts has a JSON object a line, `{"prompt": "..."}` or `{"messages":
 appended to `--out` as soon as their batch is done; a run that was stopped goes on there.
 """
 
-import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
-from pydantic import Field, model_validator
 
 from data.tokenizer import Tokenizer
 from lm.base import AbstractLM
 from lm.decoding import CHUNKS
 from recipes import chat_commands
 from recipes.chat_batch import answer_all
-from recipes.command_line import fail, resumable
-from recipes.conversation import Conversation, Draw
-from recipes.generating import DrawConfig, ready
+from recipes.chat_config import Config
+from recipes.command_line import fail
+from recipes.conversation import Conversation
+from recipes.generating import ready
 from recipes.memory import Memory
 from train.checkpoint import CheckpointError
 from train.logs import plain_messages, progress
 from train.runtime import DeviceError
-
-CONTEXT = 4096  # tokens, where the model takes more and none are asked for: what is not used takes memory all the same
-
-
-class Config(DrawConfig):
-    """With whom to talk, and how."""
-
-    model: Annotated[Path, tyro.conf.Positional] = Field(description="run, Hugging Face folder, GGUF file, or owner/name on the Hub")
-    system: str | None = Field(None, description="system prompt; None: the template's own, if it has one")
-    max_new_tokens: int = Field(512, ge=1, description="tokens of a reply at most")
-    context: int | None = Field(None, ge=16, description="tokens of a conversation at most; None: what the model takes, up to 4,096")
-    template: dict[str, str] = Field(
-        {}, description="further names that the chat template reads, as in enable_thinking false (JSON, or text)"
-    )
-    prompts: Path | None = Field(None, description="JSON Lines to answer instead of talking: a prompt, or messages, a line")
-    out: Path | None = Field(None, description="where the answers to --prompts go, a line each")
-    batch: int = resumable(16, ge=1, description="prompts answered together")
-
-    @model_validator(mode="after")
-    def _belong_together(self) -> "Config":
-        if (self.prompts is None) != (self.out is None):
-            raise ValueError("--prompts and --out belong together: a file of prompts, and one for the answers")
-        return self
-
-    def draw(self) -> Draw:
-        return Draw(self.sampler(), self.max_new_tokens, self.stop, self.seed)
-
-    def template_names(self) -> dict[str, Any]:
-        return {name: _value(text) for name, text in self.template.items()}
 
 
 def main(config: Config) -> int:
     """Talk, or answer a file of prompts. The exit status: 1 where a message from a pipe or a file could not be answered."""
     plain_messages()
     model, tokenizer, words = ready(config.model, config)
-    slots = context_of(model, config)
+    slots = config.context_of(model.config.context)
     print(f"[{words}; context of {slots:,} tokens]", file=sys.stderr)
     if config.prompts is not None and config.out is not None:
         return answer_all(config, model, tokenizer, slots)
     chat = Chat(config, model, tokenizer, slots)
     return chat.run()
-
-
-def context_of(model: AbstractLM, config: Config) -> int:
-    """How many tokens a conversation may have."""
-    most = model.config.context
-    if config.context is not None and config.context > most:
-        raise ValueError(f"--context {config.context} is more than the {most} tokens that this model was made for")
-    return config.context or min(most, CONTEXT)
 
 
 class Chat:
@@ -182,13 +143,6 @@ def stopping() -> Iterator[Any]:
         yield lambda: bool(asked)
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax.random as jr
 import numpy as np
@@ -14,13 +14,11 @@ from data.tokenizer import Tokenizer
 from lm.base import AbstractLM
 from lm.generate import generate
 from recipes.chat_commands import checked, split_system
+from recipes.chat_config import Config
 from recipes.command_line import check_resumed, read_config
 from recipes.conversation import turn_ends
 from recipes.stop_strings import before_stop
 from train.logs import progress, write_json
-
-if TYPE_CHECKING:
-    from recipes.chat import Config
 
 Row = dict[str, Any]
 
@@ -35,7 +33,7 @@ class Question:
     error: str | None = None
 
 
-def answer_all(config: "Config", model: AbstractLM, tokenizer: Tokenizer, slots: int) -> int:
+def answer_all(config: Config, model: AbstractLM, tokenizer: Tokenizer, slots: int) -> int:
     """Answer what `--out` does not hold yet. The exit status: 1 where a line could not be answered, 130 after Ctrl-C.
 
     **Raises:** `ValueError` for a file that is no JSON Lines of prompts, and for answers that were made of others, or otherwise.
@@ -109,7 +107,7 @@ def _answered(path: Path, rows: Sequence[tuple[int, Row]]) -> dict[int, Row]:
     return found
 
 
-def _check_settings(config: "Config", done: dict[int, Row]) -> None:
+def _check_settings(config: Config, done: dict[int, Row]) -> None:
     """Answers of one file are made in one way: the settings stand beside them."""
     assert config.out is not None
     beside = config.out.with_name(f"{config.out.name}.config.json")
@@ -122,7 +120,7 @@ def _check_settings(config: "Config", done: dict[int, Row]) -> None:
 # ------------------------------------------------------------------------------------------- answers
 
 
-def _question(config: "Config", tokenizer: Tokenizer, line: int, row: Row, slots: int) -> Question:
+def _question(config: Config, tokenizer: Tokenizer, line: int, row: Row, slots: int) -> Question:
     try:
         ids = _ids(config, tokenizer, row)
     except ValueError as error:
@@ -131,7 +129,7 @@ def _question(config: "Config", tokenizer: Tokenizer, line: int, row: Row, slots
     return Question(line, row, ids, too_long if len(ids) >= slots else None)
 
 
-def _ids(config: "Config", tokenizer: Tokenizer, row: Row) -> np.ndarray:
+def _ids(config: Config, tokenizer: Tokenizer, row: Row) -> np.ndarray:
     if not tokenizer.chat_templates:
         if "messages" in row or config.system is not None:
             raise ValueError("messages and system prompts need a chat template, which this model's tokenizer has not: give a prompt")
@@ -142,7 +140,7 @@ def _ids(config: "Config", tokenizer: Tokenizer, row: Row) -> np.ndarray:
     return tokenizer.encode_with_specials(tokenizer.render_chat(whole, add_generation_prompt=True, **config.template_names()))
 
 
-def _batches(questions: Sequence[Question], config: "Config", slots: int) -> Iterator[list[Question]]:
+def _batches(questions: Sequence[Question], config: Config, slots: int) -> Iterator[list[Question]]:
     """In the order of the file. One whose answer may have to be shorter goes alone, so that no answer depends on its neighbours."""
     batch: list[Question] = []
     for question in questions:
@@ -158,7 +156,7 @@ def _batches(questions: Sequence[Question], config: "Config", slots: int) -> Ite
         yield batch
 
 
-def _answers(batch: list[Question], config: "Config", model: AbstractLM, tokenizer: Tokenizer, slots: int) -> Iterator[Row]:
+def _answers(batch: list[Question], config: Config, model: AbstractLM, tokenizer: Tokenizer, slots: int) -> Iterator[Row]:
     if batch[0].error is not None:
         yield {"line": batch[0].line, **batch[0].row, "error": batch[0].error}
         return

@@ -3,19 +3,27 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-from recipes.conversation import Message
+from recipes.chat_config import Config
+from recipes.conversation import Conversation, Message
 from train.logs import write_json
-
-if TYPE_CHECKING:
-    from recipes.chat import Chat
 
 ROLES = ("system", "user", "assistant", "tool")
 SETTABLE = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "seed", "stop")
 
 
-def run(chat: "Chat", line: str) -> None:
+class Chat(Protocol):
+    """What commands need of `recipes.chat.Chat`."""
+
+    config: Config
+    talk: Conversation
+
+    def say(self, words: str) -> None: ...
+    def answer(self, text: str) -> None: ...
+
+
+def run(chat: Chat, line: str) -> None:
     """Do what a line such as `/set temperature 0.5` asks.
 
     **Raises:** `ValueError` for a command that is not known, and where what it asks cannot be done.
@@ -26,7 +34,7 @@ def run(chat: "Chat", line: str) -> None:
     COMMANDS[name](chat, argument.strip())
 
 
-def help_(chat: "Chat", argument: str) -> None:
+def help_(chat: Chat, argument: str) -> None:
     """this list"""
     for name, command in COMMANDS.items():
         chat.say(f"  /{name:9} {command.__doc__}")
@@ -34,18 +42,18 @@ def help_(chat: "Chat", argument: str) -> None:
     chat.say("  Ctrl-C stops a reply, Ctrl-D leaves")
 
 
-def exit_(chat: "Chat", argument: str) -> None:
+def exit_(chat: Chat, argument: str) -> None:
     """leave (or Ctrl-D)"""
     raise EOFError
 
 
-def reset(chat: "Chat", argument: str) -> None:
+def reset(chat: Chat, argument: str) -> None:
     """forget all messages; the system prompt stays"""
     chat.talk.reset(system=chat.talk.system)
     chat.say("all messages are forgotten")
 
 
-def system(chat: "Chat", argument: str) -> None:
+def system(chat: Chat, argument: str) -> None:
     """show the system prompt; `/system TEXT` gives another, `/system none` none; the messages stay"""
     if argument:
         if chat.talk.completes:
@@ -54,13 +62,13 @@ def system(chat: "Chat", argument: str) -> None:
     chat.say(f"system prompt: {chat.talk.system}" if chat.talk.system else "no system prompt of yours (the template may have its own)")
 
 
-def undo(chat: "Chat", argument: str) -> None:
+def undo(chat: Chat, argument: str) -> None:
     """take back your last message and the reply to it"""
     message = chat.talk.undo()
     chat.say("there is nothing to take back" if message is None else f"taken back: {_short(message['content'])}")
 
 
-def retry(chat: "Chat", argument: str) -> None:
+def retry(chat: Chat, argument: str) -> None:
     """draw another reply to your last message"""
     before = list(chat.talk.messages)
     message = chat.talk.undo()
@@ -73,7 +81,7 @@ def retry(chat: "Chat", argument: str) -> None:
         raise
 
 
-def history(chat: "Chat", argument: str) -> None:
+def history(chat: Chat, argument: str) -> None:
     """show the messages; those that the model does not see any more are marked"""
     if chat.talk.system is not None:
         chat.say(f"system: {chat.talk.system}")
@@ -81,7 +89,7 @@ def history(chat: "Chat", argument: str) -> None:
         chat.say(f"{'(dropped) ' if i < chat.talk.dropped else ''}{message['role']}: {message['content']}")
 
 
-def save(chat: "Chat", argument: str) -> None:
+def save(chat: Chat, argument: str) -> None:
     """write messages, system prompt and settings to a JSON file: `/save talk.json`"""
     path = _path(argument, "save")
     existed = path.exists()
@@ -90,7 +98,7 @@ def save(chat: "Chat", argument: str) -> None:
     chat.say(f"{len(chat.talk.messages)} messages written to {path}{', in place of what was there' if existed else ''}")
 
 
-def load(chat: "Chat", argument: str) -> None:
+def load(chat: Chat, argument: str) -> None:
     """go on from what /save has written, or from a JSON list of messages; settings stay as they are"""
     path = _path(argument, "load")
     try:
@@ -105,7 +113,7 @@ def load(chat: "Chat", argument: str) -> None:
     chat.say(f"{len(messages)} messages read from {path}{'' if system is None else ', and a system prompt'}")
 
 
-def set_(chat: "Chat", argument: str) -> None:
+def set_(chat: Chat, argument: str) -> None:
     """show the settings; `/set temperature 0.5` changes one, `/set top_k none` takes one away, `/set stop A B` gives strings"""
     if argument:
         name, *values = argument.split()
@@ -123,7 +131,7 @@ def set_(chat: "Chat", argument: str) -> None:
     chat.say(", ".join(f"{name} {getattr(chat.config, name)}" for name in SETTABLE))
 
 
-def tokens(chat: "Chat", argument: str) -> None:
+def tokens(chat: Chat, argument: str) -> None:
     """how many tokens the conversation has, how many are read, and how many there is room for"""
     talk = chat.talk
     count = len(talk.ids()) if talk.messages else 0
@@ -133,7 +141,7 @@ def tokens(chat: "Chat", argument: str) -> None:
     )
 
 
-Command = Callable[["Chat", str], None]
+Command = Callable[[Chat, str], None]
 COMMANDS: dict[str, Command] = {
     "help": help_,
     "exit": exit_,
