@@ -17,6 +17,7 @@ from recipes.command_line import parse
 from recipes.evaluate_open import check_specs
 from recipes.evaluate_report import published_scores, with_published
 from recipes.evaluate_words import Words
+from train.card import check_evaluations
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -94,6 +95,7 @@ def test_every_kind_of_task_and_a_run_that_was_killed(run, tmp_path, capsys) -> 
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["tasks"]["c"]["refused_as_too_long"] == 1
     assert str(tmp_path) not in json.dumps(results)
+    assert check_evaluations(results, "results.json") == results  # a model card takes it as it is
 
     killed = tmp_path / "killed"
     killed.mkdir()
