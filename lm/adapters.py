@@ -242,6 +242,11 @@ def trainable_filter(model: Model, also: Sequence[str] = ()) -> Model:
     return jax.tree_util.tree_map_with_path(is_trained, model)
 
 
+def without_adapters(model: Model) -> Model:
+    """The model with its adapters taken off, sharing its arrays: what it was before `add_lora`, DoRA's magnitudes included."""
+    return map_nodes(lambda _, lora: lora.base, model, lambda node: isinstance(node, LoRA))
+
+
 def merge(model: Model) -> Model:
     """The same function without adapters: each is folded into its matrix, in the matrix's dtype. A packed matrix comes back as an array of
     its products' dtype: packed again (`lm.quantised`) it would lose of the adapter what is smaller than half a step."""
