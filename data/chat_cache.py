@@ -81,7 +81,7 @@ def chat_cache(
             raise ValueError(f"none of the {counts['rows']} rows of the split '{split}' is left to learn from: {why}")
 
     template = sha256(repr(sorted(form.tokenizer.chat_templates.items())).encode()).hexdigest()
-    made_from = {"tokenizer": form.tokenizer.digest, "source": source_digest, "template": template, "turns": form.turns}
+    made_from: dict[str, Any] = {"tokenizer": form.tokenizer.digest, "source": source_digest, "template": template, "turns": form.turns}
     made_from |= {"chat_format": 1, "seq": seq, "overlong": overlong, "on_bad_row": on_bad_row}
     return TokenCache.of(encoded, form.tokenizer, folder, made_from=made_from, split=split, facts=facts)
 
