@@ -3,9 +3,9 @@
     uv run python docs/make_images.py            all of them, into docs/images/
     uv run python docs/make_images.py rope mlp   some
 
-Those of the model (masks, rope, mlp), of packing, of supervision and of schedules come out the same everywhere. The tokens are those of two tokenizers
-trained on the standard library of the Python that runs this, so they differ a little between Python versions. For update_ratios and
-forgetting a small model is trained on it and then on another text, which takes some minutes.
+Those of the model (masks, rope, mlp), of packing, of supervision and of schedules come out the same everywhere. The tokens are those of two
+tokenizers trained on the standard library of the Python that runs this, so they differ a little between Python versions. For update_ratios
+and forgetting a small model is trained on it and then on another text, which takes some minutes.
 """
 
 import json
