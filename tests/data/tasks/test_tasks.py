@@ -206,7 +206,7 @@ def test_what_cannot_be_judged_is_left_out_and_what_is_unknown_refused() -> None
         ifeval.problem({"prompt": "", "instruction_id_list": ["form:haiku"], "kwargs": [{}]})
 
 
-needs_the_gym = pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is None, reason="needs the extra `tasks`")
+needs_the_gym = pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is None, reason="needs the package reasoning-gym")
 
 
 @needs_the_gym
