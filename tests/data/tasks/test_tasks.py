@@ -221,7 +221,7 @@ def test_reasoning_gym() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is not None, reason="the package is there")
 def test_without_the_package_it_says_how_to_get_it() -> None:
-    with pytest.raises(ImportError, match="uv sync --extra tasks"):
+    with pytest.raises(ImportError, match="uv pip install reasoning-gym"):
         reasoning.task("chain_sum")
 
 
