@@ -23,7 +23,8 @@ ROOT = Path(__file__).parents[1]
 ARROW = re.compile(r"\s# → (.*?)(?:; .*)?$")
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]+")
 RECIPE = re.compile(r"-m recipes\.(\w+)")
-TOOLS_FLAGS = {"--extra", "--python", "--fix", "--upgrade-package", "--locked", "--frozen", "--logdir"}  # of uv, ruff and tensorboard
+# Of uv, ruff, tensorboard and pytest.
+TOOLS_FLAGS = {"--extra", "--python", "--fix", "--upgrade-package", "--locked", "--frozen", "--logdir", "--durations"}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 import sysconfig
+import warnings
 from pathlib import Path
 
 from quick_xla import FLAGS
@@ -38,7 +39,8 @@ def run_here(arguments: list[str], recipe: str = "pretrain_small") -> tuple[int,
     typed, sys.argv = sys.argv, [f"recipes/{recipe}.py", *map(str, arguments)]
     said = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*found in sys.modules after import of package 'recipes'", category=RuntimeWarning)
             runpy.run_module(f"recipes.{recipe}", run_name="__main__")
     except SystemExit as left:
         return int(left.code or 0), said.getvalue()
