@@ -106,7 +106,7 @@ def until(process, condition, seconds=300):
     deadline = time.monotonic() + seconds
     while process.poll() is None and not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.001)
+        time.sleep(0.003)  # half a checkpoint is there for some tens of milliseconds
 
 
 def kill_and_resume(arguments, run_folder, cache, moments, rng):
