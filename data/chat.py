@@ -108,11 +108,10 @@ class ChatFormat:
         """
         return [Example.of(pieces) for pieces in self.pieces(conversation)]
 
-    def prompt(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None) -> np.ndarray:
+    def prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> np.ndarray:
         """The ids that ask for an answer: everything before what the model would say. In training they are the same."""
-        conversation = _with_stand_ins(
-            self._stand_ins, Conversation(tuple(messages), None if tools is None else tuple(dict(tool) for tool in tools))
-        )
+        asked = Conversation(tuple(map(dict, messages)), None if tools is None else tuple(map(dict, tools)))
+        conversation = _with_stand_ins(self._stand_ins, asked)
         return self._piece(self._rendered(conversation, len(messages), asking=True), trained=False).tokens
 
     def pieces(self, conversation: Conversation) -> list[list[Piece]]:

@@ -3,11 +3,12 @@
     uv run python docs/make_images.py            all of them, into docs/images/
     uv run python docs/make_images.py rope mlp   some
 
-Those of the model (masks, rope, mlp), of packing and of schedules come out the same everywhere. The tokens are those of two tokenizers
-trained on the standard library of the Python that runs this, so they differ a little between Python versions. For update_ratios and
-forgetting a small model is trained on it and then on another text, which takes some minutes.
+Those of the model (masks, rope, mlp), of packing, of supervision and of schedules come out the same everywhere. The tokens are those of two
+tokenizers trained on the standard library of the Python that runs this, so they differ a little between Python versions. For update_ratios
+and forgetting a small model is trained on it and then on another text, which takes some minutes.
 """
 
+import json
 import sys
 import sysconfig
 import tempfile
@@ -22,8 +23,11 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import tokenizers
 from matplotlib.axes import Axes
 
+from data.chat import CHATML, CHATML_TOKENS, ChatFormat
+from data.conversations import read_conversation
 from data.packing import PACKINGS, describe
 from data.sources import open_source
 from data.tokenizer import Tokenizer
@@ -34,7 +38,7 @@ from recipes import continue_pretrain, pretrain_small, train_tokenizer
 from train.averages import AverageConfig, average_rate
 from train.logs import read_metrics
 from train.optimizers import ScheduleConfig, learning_rate
-from train.pictures import plot_mask, plot_update_ratios
+from train.pictures import plot_conversation, plot_mask, plot_update_ratios
 from train.step import StepConfig
 
 IMAGES = Path(__file__).parent / "images"
@@ -73,6 +77,26 @@ AVERAGES = {
 
 OLD_STEPS, NEW_STEPS, NEW_LOOKS = 400, 80, 8  # of the runs behind update_ratios and forgetting; steps between two looks
 REPLAY_SHARES = (0.0, 0.25)
+
+TALKS = (
+    {
+        "messages": [
+            {"role": "user", "content": "What time is it in Oslo?"},
+            {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "time", "arguments": {"place": "Oslo"}}}]},
+            {"role": "tool", "content": "12:30"},
+            {"role": "assistant", "content": "It is 12:30."},
+        ],
+        "tools": [{"type": "function", "function": {"name": "time", "parameters": {"place": "string"}}}],
+    },
+    {
+        "messages": [
+            {"role": "user", "content": "Is <|im_end|> a token?"},
+            {"role": "assistant", "content": "Not if you write it."},
+            {"role": "user", "content": "2 + 2?"},
+            {"role": "assistant", "content": "4"},
+        ]
+    },
+)
 
 SNIPPET = '''\
 def bits_per_byte(nats: float, text: str) -> float:
@@ -240,6 +264,26 @@ def forgetting(path: Path) -> None:
     _finish(figure, path, *axes)
 
 
+def supervision(path: Path) -> None:
+    """Two conversations in one row: what is trained on, and who sees whom."""
+    # Words for tokens, so that the picture is the same everywhere and its tokens can be read.
+    core = tokenizers.Tokenizer(tokenizers.models.BPE())
+    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    texts = [CHATML, *(json.dumps(row, ensure_ascii=False) for row in TALKS), " Oslo?\nIt is 12:30. 9 12:30 4 user assistant tool"] * 3
+    specials = ["<s>", "</s>"]
+    core.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, special_tokens=specials))
+    plain = Tokenizer(core, bos=None, eos="</s>", pad="</s>")
+    form = ChatFormat(plain.changed(special_tokens=CHATML_TOKENS, chat_template=CHATML, eos=CHATML_TOKENS[1]))
+    examples = [form.encode(read_conversation(row))[0] for row in TALKS]
+    tokens = np.concatenate([example.tokens for example in examples])
+    marks = np.concatenate([example.trained for example in examples])
+    segments = np.repeat([1, 2], [len(example.tokens) for example in examples])
+    title = "two conversations in one row (frames: blue and green); orange: trained on, grey: only read"
+    plot_conversation(form.tokenizer.tokens_of(tokens), marks.tolist(), path, title=title, segments=segments.tolist())
+
+
 def _finish(figure: plt.Figure, path: Path, *axes: Axes) -> None:
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
@@ -248,6 +292,7 @@ def _finish(figure: plt.Figure, path: Path, *axes: Axes) -> None:
 
 
 PICTURES = {"masks": masks, "rope": rope, "mlp": mlp, "packing": packing, "schedules": schedules}
+PICTURES |= {"supervision": supervision}
 PICTURES |= {
     "tokens": tokens,
     "update_ratios": update_ratios,

@@ -80,8 +80,8 @@ class LoRA(eqx.Module):
         return y if self.base.bias is None else y + self.base.bias.astype(y.dtype)
 
     def row_lengths(self, after: Float[Array, "*batch d_in"] | None = None) -> Float[Array, " d_out"]:
-        """The length of each row of W + s · up down, in fp32, without gradient. `after`: what a packed W waits for, to be unpacked no
-        earlier than the layer runs."""
+        """The length of each row of W + s · up down, in fp32, without gradient. `after`: what a packed W waits for, lest it be unpacked
+        before the layer runs."""
         down, up, weight = jax.lax.stop_gradient((self.down, self.up.astype(jnp.float32), self.base.weight))
         weight = weight.after(after) if isinstance(weight, Quantised) and after is not None else weight
         crossed = jnp.sum(up * self.ops.linear(down.astype(weight.dtype), weight, jnp.float32).T, axis=1)
@@ -236,10 +236,15 @@ def trainable_filter(model: Model, also: Sequence[str] = ()) -> Model:
             raise ValueError(f"also: {pattern} means packed numbers ({sorted(paths & packed)[0]}), which are not trained")
     trained = own.union(*meant.values())
 
-    def is_trained(path: Any, leaf: Any) -> bool:
-        return eqx.is_inexact_array(leaf) and jax.tree_util.keystr(path, simple=True, separator="/") in trained
+    def is_trained(path: Any, leaf: Any) -> bool:  # the leaf may be abstract
+        return jnp.issubdtype(leaf.dtype, jnp.inexact) and jax.tree_util.keystr(path, simple=True, separator="/") in trained
 
     return jax.tree_util.tree_map_with_path(is_trained, model)
+
+
+def without_adapters(model: Model) -> Model:
+    """The model with its adapters taken off, sharing its arrays: what it was before `add_lora`, DoRA's magnitudes included."""
+    return map_nodes(lambda _, lora: lora.base, model, lambda node: isinstance(node, LoRA))
 
 
 def merge(model: Model) -> Model:

@@ -194,7 +194,7 @@ def _write_shard(file: Path, plans: Mapping[str, Plan]) -> None:
     with file.open("wb") as out:
         out.write(len(raw).to_bytes(8, "little") + raw)
         for key in ordered:
-            tensor = np.ascontiguousarray(plans[key].make())
+            tensor = np.asarray(plans[key].make(), order="C")  # ascontiguousarray would give a number an axis
             assert (tensor.shape, tensor.dtype) == (plans[key].shape, plans[key].dtype), key
             out.write(tensor.reshape(-1).view(np.uint8).data)
         out.flush()

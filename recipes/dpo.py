@@ -15,11 +15,13 @@ billions of parameters want 5e-7 to 5e-6.
 """
 
 import json
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -38,7 +40,7 @@ from lm.flight import put_on_flight
 from lm.generate import Sampler
 from recipes.command_line import claimed, fail, how_to_resume, parse, resumable
 from recipes.loading import load
-from recipes.rl_stages import Drawing, pass_metrics, write_model
+from recipes.rl_stages import Drawing, pass_metrics
 from recipes.running import (
     ENDS_IN_WORDS,
     RunConfig,
@@ -52,12 +54,15 @@ from recipes.running import (
     watched,
 )
 from recipes.wording import Wording
+from train.adapters import AdapterConfig, adapted, trained_part
 from train.checkpoint import Checkpoints
 from train.debug import debug_nans
+from train.lineage import continued_from
 from train.logs import RunLog, plain_messages, progress, read_metrics, words_kept, write_json
 from train.loop import interruptible, steps
 from train.optimizers import OptimizerConfig, ScheduleConfig, build_optimizer, learning_rate
 from train.preference import PreferenceBatch, PreferenceConfig, preference_objective, sequence_log_probs
+from train.publish import export
 from train.rl import make_log_probs
 from train.runtime import choose_device, compilation_cache, device_facts, peak_flops
 from train.step import StepConfig, TrainState, init_state, make_step
@@ -78,9 +83,12 @@ class Config(RunConfig):
     max_new_tokens: int = Field(6, ge=1, description="longest answer to a problem, its end included")
 
     preference: PreferenceConfig = PreferenceConfig()
-    reference: Literal["copy", "precomputed"] = Field(
-        "precomputed", description="log-probs of the start: by a copy of it at each step, or of all pairs before the first"
+    reference: Literal["precomputed", "copy", "lora_off"] = Field(
+        "precomputed",
+        description="log-probs of the start: of all pairs before the first step, at each step by a copy of it, or by the model itself with "
+        "its adapters off (needs --adapter.kind). All give the same numbers",
     )
+    adapter: AdapterConfig = AdapterConfig(kind="none")
     seq: int = Field(512, gt=1, description="longest prompt and answer, in tokens; longer pairs are left out, and counted")
     batch: int = Field(64, gt=0, description="pairs a step")
     steps: int | None = resumable(None, ge=1, description="optimizer steps; None: by --epochs")
@@ -98,6 +106,8 @@ class Config(RunConfig):
     def _fits_together(self) -> "Config":
         if self.batch % self.step.micro_batches:
             raise ValueError(f"batch ({self.batch} pairs) must be a multiple of step.micro_batches ({self.step.micro_batches})")
+        if self.reference == "lora_off" and self.adapter.kind == "none":
+            raise ValueError("reference lora_off takes the adapters off, and there are none: add --adapter.kind lora, or take a copy")
         return self
 
 
@@ -129,11 +139,25 @@ def run(config: Config, folder: Path) -> None:
         save_config(config, folder)
     tokenizer.save(folder / "tokenizer", model_max_length=model.config.context)
 
+    # What is trained, and the model as it was. Adapters begin at nothing, so the model without them is the one this run began with.
+    with_adapters = config.adapter.kind != "none"
+    base = lm.Base.of(model, config.source.name) if with_adapters else None
+    began = digest(eqx.filter(model, eqx.is_array))
+    adapter_key, dropout_key = jr.split(jr.key(config.seed))
+    optimizer = build_optimizer(config.optimizer)
+
+    def fresh_state() -> TrainState:
+        own = adapted(jax.tree.map(jnp.array, model), config.adapter, key=adapter_key)  # its own arrays: the step takes those it is given
+        return init_state(own, optimizer, frozen=config.optimizer.frozen, trainable=trained_part(own, config.adapter))
+
+    begun = fresh_state()
+    reference = lm.without_adapters(begun.model) if with_adapters else model
+
     # Pairs: from the file, or the model's own, drawn once a run.
     task = TASKS[config.task]()
     width = wording.width([*task.train, *task.held_out])
     drawing = Drawing(task, wording, width, config.max_new_tokens, Sampler(), flight, ops)
-    pairs = read_pairs(config.data) if config.data is not None else own_pairs(config, model, drawing, folder / "pairs.jsonl")
+    pairs = read_pairs(config.data) if config.data is not None else own_pairs(config, reference, drawing, folder / "pairs.jsonl")
     rows, kept = rows_of(pairs, wording, config.seq)
     train, held_out = split(rows, kept)
     count = len(train.tokens) // 2
@@ -150,24 +174,24 @@ def run(config: Config, folder: Path) -> None:
     log_probs = make_log_probs(flight, ops, Sampler(), rows=2 * config.batch // config.step.micro_batches, chunk=config.step.loss_chunk)
     needed = config.preference.needs_reference
     if needed:
-        held_out = held_out._replace(reference=sequence_log_probs(held_out, log_probs, model))
+        held_out = held_out._replace(reference=sequence_log_probs(held_out, log_probs, reference))
     if needed and config.reference == "precomputed":
-        train = train._replace(reference=sequence_log_probs(train, log_probs, model))
+        train = train._replace(reference=sequence_log_probs(train, log_probs, reference))
 
     def batches(start: int) -> Iterator[PreferenceBatch]:
         """The batch of a step is a function of (seed, step)."""
         for index in range(start, total):
             batch = pairs_at(train, index, config.batch, config.seed)
-            if needed and config.reference == "copy":
-                batch = batch._replace(reference=sequence_log_probs(batch, log_probs, model))
+            if needed and config.reference != "precomputed":
+                batch = batch._replace(reference=sequence_log_probs(batch, log_probs, reference))
             yield batch
 
     # The loop.
-    optimizer = build_optimizer(config.optimizer)
     objective = preference_objective(config.preference, flight, ops, chunk=config.step.loss_chunk)
-    compiled = make_step(optimizer, config.step, flight, ops, jr.key(config.seed), donate=not config.debug_nans, objective=objective)
+    compiled = make_step(optimizer, config.step, flight, ops, dropout_key, donate=not config.debug_nans, objective=objective)
     step = debug_nans(compiled) if config.debug_nans else compiled
-    identity = {"start": digest(model), "tokenizer": tokenizer.digest}
+    identity = {"start": began, "tokenizer": tokenizer.digest}
+    kept_apart = {} if base is None else {"base": base.record(), "adapter": config.adapter.model_dump(mode="json"), "also": []}
     example = held_out if len(held_out.tokens) else train
     look_size = min(config.validate_rows, len(held_out.tokens) // 2)
 
@@ -188,15 +212,17 @@ def run(config: Config, folder: Path) -> None:
             return {}
         return pass_metrics(drawing.solved(state_model, task.held_out, config.answers, jr.key(config.seed + 1), rows=1024), [1])
 
-    def fresh_state() -> TrainState:
-        return init_state(jax.tree.map(jnp.copy, model), optimizer)
+    def plain(state: TrainState) -> AbstractLM:
+        """Adapters merged into the weights: to ask, and to export."""
+        return lm.merge(state.model) if with_adapters else state.model
 
     with Checkpoints(folder / "checkpoints", keep_latest=config.keep_latest) as checkpoints:
-        state, start, _ = restore(checkpoints, jax.eval_shape(fresh_state), identity, total) or (fresh_state(), 0, {})
+        state, start, record = restore(checkpoints, begun, identity, total, by_reference=with_adapters) or (begun, 0, {"train_s": 0.0})
+        begin = time.monotonic() - record["train_s"]
         session = session_facts(device, ops, flight, peak_flops(device))
         facts = {"model_type": model.config.model_type, "parameters": model.n_params, **model.config.model_dump()}
         manifest: dict[str, Any] = {
-            "from": origin,
+            "continued_from": continued_from(config.source, began),
             "pairs": count,
             "steps": total,
             "model": facts,
@@ -211,7 +237,7 @@ def run(config: Config, folder: Path) -> None:
             interruptible() as interrupt,
         ):
             if start == 0:
-                log.log(0, **look(state.model), **solve(state.model))
+                log.log(0, **look(state.model), **solve(plain(state)))
 
             def pause(done: int) -> bool:
                 return interrupt.due(done) or done % config.save_every == 0 or done % config.validate_every == 0
@@ -230,18 +256,23 @@ def run(config: Config, folder: Path) -> None:
                         if found:
                             log.message(f"step {done}: held-out accuracy {found['val_accuracy']:.3f}, margin {found['val_margin']:.3f}")
                     if done % config.sample_every == 0 or last:
-                        log.message(f"step {done}, to a held-out prompt: {answer_to(state.model, example, wording)!r}")
+                        log.message(f"step {done}, to a held-out prompt: {answer_to(plain(state), example, wording)!r}")
                     if done % config.save_every == 0 or last or interrupt.due(done):
-                        kept_facts = {"model_type": model.config.model_type, "model": model.config.model_dump(), "use_average": False}
-                        checkpoints.save(done, state.items(), {"identity": identity, **kept_facts})
+                        record = {"identity": identity, "use_average": False, "train_s": time.monotonic() - begin}
+                        record |= {"model_type": model.config.model_type, "model": model.config.model_dump(), **kept_apart}
+                        checkpoints.save(done, state.items(by_reference=with_adapters), record)
                     if interrupt.due(done):
                         checkpoints.wait()
                         log.message(f"stopped at step {done} of {total}, everything saved. Go on with:\n  {how_to_resume(folder, 'dpo')}")
                         raise SystemExit(interrupt.exit_status)
             if start < total:
-                log.log(total, **solve(state.model))
-    write_model(state.model, tokenizer, folder / "export")
-    report(folder, config, total)
+                log.log(total, **solve(plain(state)))
+    results = summary(folder, config, total) | {"train_s": record["train_s"]}
+    if base is not None:
+        lm.save_adapter(state.model, folder / "adapter", base=base)
+    export(plain(state), tokenizer, folder / "export", manifest=manifest, results=results)
+    write_json(folder / "results.json", results)
+    show(results)
 
 
 # ------------------------------------------------------------------------------------------- pairs
@@ -325,22 +356,25 @@ def answer_to(model: AbstractLM, rows: PreferenceBatch, wording: Wording, most: 
     """What the model says, greedily, to the prompt of the first pair."""
     prompt = rows.tokens[0, : int(np.argmax(rows.loss_weights[0] > 0)) + 1]
     room = min(most, model.config.context - len(prompt))
-    return wording.text(np.asarray(lm.generate(model, [prompt], max_new_tokens=room, stop_ids=[wording.stop_id])[0], np.int32))
+    return wording.text(np.asarray(lm.generate(model, [prompt], max_new_tokens=room, stop_ids=wording.stop_ids)[0], np.int32))
 
 
-def report(folder: Path, config: Config, total: int) -> None:
-    """Before and after, on the screen and in results.json."""
+def summary(folder: Path, config: Config, total: int) -> dict[str, Any]:
+    """Before and after, on what was held out."""
     lines = read_metrics(folder / "metrics.jsonl")
     looks = [line for line in lines if "val_loss" in line or "pass@1" in line]
-    names = [name for name in looks[0] if name != "step"]
-    results: dict[str, Any] = {"steps": total, "loss": config.preference.loss}
-    results |= {
-        end: {name: [line[name] for line in looks if name in line][at] for name in names} for end, at in (("before", 0), ("after", -1))
-    }
-    write_json(folder / "results.json", results)
-    print(f"\nheld-out, {config.preference.loss}, {total} steps      before      after")
-    for name in names:
-        print(f"  {name.removeprefix('val_'):28} {results['before'][name]:12.4f} {results['after'][name]:10.4f}")
+    results: dict[str, Any] = {"steps": total, "loss": config.preference.loss, "before": {}, "after": {}}
+    for end, at in (("before", 0), ("after", -1)):
+        for name in [name for name in looks[0] if name != "step"]:
+            results[end][name] = [line[name] for line in looks if name in line][at]
+    return results
+
+
+def show(results: dict[str, Any]) -> None:
+    """On the screen, what came of it."""
+    print(f"\n{'held out, ' + results['loss']:30} {'before':>10} {'after':>10}")
+    for name, before in results["before"].items():
+        print(f"  {name.removeprefix('val_'):28} {before:10.4f} {results['after'][name]:10.4f}")
 
 
 if __name__ == "__main__":

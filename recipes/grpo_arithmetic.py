@@ -22,6 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -39,7 +40,7 @@ from lm.generate import Sampler
 from lm.models.qwen3 import Qwen3Config
 from recipes.command_line import claimed, fail, how_to_resume, parse, resumable
 from recipes.loading import load
-from recipes.rl_stages import Drawing, control, pass_metrics, warm_start, write_model
+from recipes.rl_stages import Drawing, control, keep_model, pass_metrics, warm_start
 from recipes.running import (
     ENDS_IN_WORDS,
     RunConfig,
@@ -57,10 +58,12 @@ from train.advantages import RunningMean
 from train.checkpoint import Checkpoints
 from train.debug import debug_nans
 from train.groups import Judged, advantages_of, check_group, gather
+from train.lineage import continued_from
 from train.logs import RunLog, plain_messages, read_metrics, words_kept, write_json
 from train.loop import interruptible
 from train.optimizers import OptimizerConfig, build_optimizer
 from train.policy import ALGORITHMS, Algorithm, policy_objective
+from train.publish import export
 from train.rl import FP32_GAP, GapError, check_gap, describe, gap_of, make_log_probs, parts_of, policy_batch
 from train.rollout_view import draw_learning, keep_rollouts
 from train.runtime import choose_device, compilation_cache, device_facts, peak_flops
@@ -176,6 +179,7 @@ def run(config: Config, folder: Path) -> None:
     # The task, and the model to begin from.
     task = TASKS[config.task]().weighted(config.reward_weights)
     model, tokenizer, origin = beginning(config, folder)
+    given = digest(eqx.filter(model, eqx.is_array))
     wording = Wording.of(tokenizer)
     head_dim = getattr(model.config, "head_dim", model.config.d_model // model.config.n_heads)
     ops, flight = choose_flight(
@@ -206,11 +210,11 @@ def run(config: Config, folder: Path) -> None:
     if not start.is_dir():
         if examples:
             model = warm_start(model, drawing, examples, folder, steps=config.warm_steps, patience=config.warm_patience, **warm)
-        write_model(model, tokenizer, start)
+        keep_model(model, tokenizer, start)
     model = lm.load_pretrained(start)
 
     # Reinforcement.
-    results = reinforce(config, folder, model, replace(drawing, task=fresh), device)
+    results = reinforce(config, folder, model, given, replace(drawing, task=fresh), device)
 
     # Beside it, as many minutes of imitation.
     if config.control and examples:
@@ -305,8 +309,9 @@ class Iteration(NamedTuple):
     advantages: np.ndarray
 
 
-def reinforce(config: Config, folder: Path, model: AbstractLM, drawing: Drawing, device: jax.Device) -> dict[str, Any]:
-    """From the start to the last step, looking at held-out problems now and then. Returns the results."""
+def reinforce(config: Config, folder: Path, model: AbstractLM, given: str, drawing: Drawing, device: jax.Device) -> dict[str, Any]:
+    """From the start to the last step, looking at held-out problems now and then. Returns the results. `given`: the digest of what the
+    whole run began with."""
     task, tokenizer, flight, ops = drawing.task, drawing.wording.tokenizer, drawing.flight, drawing.ops
     optimizer = build_optimizer(config.optimizer)
     kl: dict[str, Any] = {"importance_cap": config.importance_cap, "kl_weight": config.kl_weight, "kl": config.kl}
@@ -315,7 +320,7 @@ def reinforce(config: Config, folder: Path, model: AbstractLM, drawing: Drawing,
     compiled = make_step(optimizer, config.step, flight, ops, jr.key(config.seed), donate=not config.debug_nans, objective=objective)
     step = debug_nans(compiled) if config.debug_nans else compiled
     log_probs = make_log_probs(flight, ops, drawing.sampler, rows=config.rows // config.step.micro_batches, chunk=chunk)
-    identity = {"start": digest(model), "tokenizer": tokenizer.digest, "task": task.name}
+    identity = {"start": digest(eqx.filter(model, eqx.is_array)), "tokenizer": tokenizer.digest, "task": task.name}
     ks = sorted({1, config.answers})
 
     def fresh_state() -> TrainState:
@@ -338,7 +343,16 @@ def reinforce(config: Config, folder: Path, model: AbstractLM, drawing: Drawing,
         train_s, idle = record["train_s"], 0
         session = session_facts(device, ops, flight, peak_flops(device))
         facts = {"model_type": model.config.model_type, "parameters": model.n_params, **model.config.model_dump()}
-        manifest = {"task": task.name, "algorithm": vars(config.chosen), "model": facts, "seed": config.seed, "identity": identity}
+        begun = {} if config.model is None else {"continued_from": continued_from(config.model, given)}
+        manifest: dict[str, Any] = {
+            **begun,
+            "task": task.name,
+            "algorithm": vars(config.chosen),
+            "model": facts,
+            "seed": config.seed,
+            "identity": identity,
+        }
+        manifest |= {"steps": config.steps, "tokenizer": {"digest": tokenizer.digest, "vocab": tokenizer.vocab_size}}
         manifest["sessions"] = begin_session("grpo_arithmetic", folder, config, start, session)
         write_json(folder / "manifest.json", json_safe(manifest))
         with (
@@ -379,8 +393,8 @@ def reinforce(config: Config, folder: Path, model: AbstractLM, drawing: Drawing,
                         log.message(f"stopped at step {done} of {config.steps}, everything saved. Go on with:\n  {resume}")
                         raise SystemExit(interrupt.exit_status)
 
-    write_model(state.model, tokenizer, folder / "export")
     results = summary(folder, config, train_s, ks)
+    export(state.model, tokenizer, folder / "export", manifest=json_safe(manifest), results=results)
     write_json(folder / "results.json", results)
     return results
 
@@ -451,6 +465,7 @@ def summary(folder: Path, config: Config, train_s: float, ks: list[int]) -> dict
         "algorithm": config.algorithm,
         "seed": config.seed,
         "minutes": train_s / 60,
+        "train_s": train_s,
         "before": look(looks[0]),
         "after": look(looks[-1]),
         "largest_gap": max(line["gap_max"] for line in steps),

@@ -5,7 +5,7 @@
     python -m recipes.harness MODEL --tasks gsm8k --shots 5 --chat-template --out gsm8k.json
 
 MODEL is a run, a Hugging Face folder, a GGUF file, or owner/name on the Hub. Tasks are those of lm-eval, most of which it fetches from the
-Hub, and those of YAML files in --include-path. Needs `uv sync --extra tasks`. Within Python, or with lm-eval's own command line, the model
+Hub, and those of YAML files in --include-path. Needs `uv pip install lm-eval`. Within Python, or with lm-eval's own command line, the model
 type is `zmaj` once `recipes.harness_model` is imported (docs/evaluation.md).
 """
 
@@ -48,7 +48,7 @@ def main(config: Config) -> dict[str, Any]:
     """lm-eval's results, shown as it shows them."""
     plain_messages()
     if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("this needs lm-eval, which is not installed: run `uv sync --extra tasks`. `recipes.evaluate` goes without it")
+        raise ValueError("this needs lm-eval, which is not installed: run `uv pip install lm-eval`. `recipes.evaluate` goes without it")
     import lm_eval  # only here: it is an extra
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import handle_non_serializable, make_table

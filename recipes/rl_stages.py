@@ -1,7 +1,6 @@
 """What recipes of reinforcement learning share: a model to begin from, a look at held-out problems, the models they leave behind."""
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from lm.generate import Sampler
 from recipes.wording import Wording
 from train.logs import progress
 from train.optimizers import OptimizerConfig, build_optimizer
+from train.publish import building, in_dtype, write_model
 from train.rollout import Rollouts, roll_out
 from train.step import StepConfig, init_state, make_step
 
@@ -59,7 +59,7 @@ class Drawing:
             n=n,
             width=self.width,
             max_new_tokens=self.max_new_tokens,
-            stop_ids=[self.wording.stop_id],
+            stop_ids=self.wording.stop_ids,
             key=key,
             flight=self.flight,
             ops=self.ops,
@@ -196,13 +196,7 @@ def pass_metrics(solved: np.ndarray, ks: Sequence[int]) -> dict[str, float]:
     return told
 
 
-def write_model(model: AbstractLM, tokenizer: Tokenizer, folder: Path) -> None:
+def keep_model(model: AbstractLM, tokenizer: Tokenizer, folder: Path) -> None:
     """A Hugging Face folder in fp32, whole or not there."""
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    beside = folder.with_name(f".{folder.name}.building")
-    shutil.rmtree(beside, ignore_errors=True)
-    named = {name: value for name, value in ids.items() if value is not None}
-    lm.save_pretrained(model, beside, dtype=jnp.float32, extra_config=named)
-    tokenizer.save(beside, model_max_length=model.config.context)
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+    with building(folder) as beside:
+        write_model(in_dtype(model, "float32"), tokenizer, beside)

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data.chat import ChatFormat
+from data.conversations import Conversation
 from data.pipeline import Batch
 from data.tasks.problems import Problem, Scores, Task, Tool, score
 from data.tokenizer import Tokenizer
@@ -16,36 +18,30 @@ class Wording:
     """A tokenizer, and whether prompts are turns of a conversation."""
 
     tokenizer: Tokenizer
-    chat: bool
-    stop_id: int  # ends an answer
+    form: ChatFormat | None  # None: a prompt is the beginning of a document
+    stop_ids: tuple[int, ...]  # each ends an answer
+    end_id: int  # of them, what an answer to imitate ends with
 
     @staticmethod
     def of(tokenizer: Tokenizer) -> "Wording":
         """By the chat template where the tokenizer has one; else a prompt is the beginning of a document, and EOS ends it."""
         if tokenizer.chat_templates:
-            asked = [{"role": "user", "content": "?"}]
-            opened = tokenizer.render_chat(asked, add_generation_prompt=True)
-            whole = tokenizer.render_chat([*asked, {"role": "assistant", "content": "#"}])
-            after = whole[len(opened) :].partition("#")[2]
-            ids = tokenizer.encode_with_specials(after)
-            if not whole.startswith(opened) or not len(ids):
-                raise ValueError("this chat template does not mark the end of an answer, or opens it otherwise when it is asked for")
-            return Wording(tokenizer, True, int(ids[0]))
+            form = ChatFormat(tokenizer)
+            asked, answered = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+            tokens, trained = form.encode(Conversation((asked, answered)))[0]
+            return Wording(tokenizer, form, form.stop_ids, int(tokens[trained][-1]))
         if tokenizer.eos_id is None:
             raise ValueError("this tokenizer has neither a chat template nor an EOS token: an answer could never end")
-        return Wording(tokenizer, False, tokenizer.eos_id)
+        return Wording(tokenizer, None, (tokenizer.eos_id,), tokenizer.eos_id)
 
     def prompt(self, text: str) -> np.ndarray:
         """Up to where the answer begins."""
-        if self.chat:
-            return self.conversation([{"role": "user", "content": text}])
-        start = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
-        return np.concatenate([np.asarray(start, np.int32), self.tokenizer.encode(text)])
+        return self.tokenizer.encode_prompt(text) if self.form is None else self.form.prompt([{"role": "user", "content": text}])
 
     def conversation(self, messages: Sequence[Mapping[str, str]]) -> np.ndarray:
         """The same of messages; a model without a chat template takes a single one."""
-        if self.chat:
-            return self.tokenizer.encode_with_specials(self.tokenizer.render_chat(messages, add_generation_prompt=True))
+        if self.form is not None:
+            return self.form.prompt([dict(message) for message in messages])
         if len(messages) != 1:
             raise ValueError(f"this model's tokenizer has no chat template, so a prompt is one text; got {len(messages)} messages")
         return self.prompt(messages[0]["content"])
@@ -53,7 +49,7 @@ class Wording:
     def answer(self, text: str, tool: Tool | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of an answer to imitate, with their end; and which of them the model itself is to write: not what a tool says."""
         if tool is None:
-            tokens = np.append(self.tokenizer.encode(text), self.stop_id)
+            tokens = np.append(self.tokenizer.encode(text), self.end_id)
             return tokens.astype(np.int32), np.ones(len(tokens), bool)
         mark = tool_mark(self.tokenizer, tool)
         pieces: list[tuple[np.ndarray, bool]] = []
@@ -70,7 +66,7 @@ class Wording:
                 (self.tokenizer.encode(piece[len(reply) :]), True),
             ]
             said = piece[len(reply) :]
-        tokens = np.concatenate([*(piece for piece, _ in pieces), [self.stop_id]]).astype(np.int32)
+        tokens = np.concatenate([*(piece for piece, _ in pieces), [self.end_id]]).astype(np.int32)
         return tokens, np.concatenate([*(np.full(len(piece), own) for piece, own in pieces), [True]])
 
     def text(self, tokens: np.ndarray) -> str:

@@ -67,7 +67,7 @@ def test_pictures_are_there_small_and_used(pictures) -> None:
     assert {path.name for path in (DOCS / "images").iterdir()} == shown
 
 
-@pytest.mark.parametrize("name", ["masks", "mlp", "packing", "rope", "schedules"])
+@pytest.mark.parametrize("name", ["masks", "mlp", "packing", "rope", "schedules", "supervision"])
 def test_a_picture_can_be_drawn(name: str, pictures, tmp_path) -> None:
     """All but those for which something is trained on the standard library: tokenizers, models."""
     pictures[name](tmp_path / "it.png")

@@ -172,6 +172,7 @@ def plot_tasks(before: Mapping[str, Any], after: Mapping[str, Any], png_path: st
 
 
 READ, LEARNED = "#e4e4e4", "#f6a04d"  # behind tokens that are only read, and those that are trained on
+FRAMES = ("tab:blue", "tab:green", "tab:purple", "tab:red", "tab:cyan", "tab:pink")  # around those of one conversation of a row
 LINE_CHARACTERS = 92
 
 
@@ -188,8 +189,7 @@ def plot_conversation(
     **Arguments:**
 
     - `tokens`: their text; line breaks end a line of the picture.
-    - `segments`: of a packed row, the number of the conversation of each token; a frame is drawn in a colour of its own, and 0, padding,
-        is left white.
+    - `segments`: of a packed row, the number of each token's conversation, framed in a colour of its own; 0, padding, is left white.
     """
     shown = [token.replace("\n", "⏎").replace("\t", "→") for token in tokens]
     places, line, at = [], 0, 0
@@ -205,7 +205,7 @@ def plot_conversation(
     for i, (text, (row, column)) in enumerate(zip(shown, places, strict=True)):
         segment = None if segments is None else segments[i]
         face = "white" if segment == 0 else LEARNED if trained[i] else READ
-        edge = "white" if segment is None else plt.get_cmap("tab10")(segment % 10)
+        edge = "white" if not segment else FRAMES[(segment - 1) % len(FRAMES)]
         axes.add_patch(plt.Rectangle((column, row), len(text), 0.9, facecolor=face, edgecolor=edge, linewidth=0.8))
         axes.text(column + len(text) / 2, row + 0.48, text, family="monospace", fontsize=7.4, ha="center", va="center", parse_math=False)
     axes.set(xlim=(-0.5, LINE_CHARACTERS + 0.5), ylim=(lines + 0.1, -0.3))

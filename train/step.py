@@ -267,8 +267,8 @@ def make_step(
         metrics |= {"sigmas": sigmas}
         metrics |= {name: total / jnp.maximum(told, 1.0) for name, (total, told) in aux.items()} | peaks
         if measured:
-            assert loss.correct is not None, "it was asked for"
-            assert loss.entropy is not None, "it was asked for"
+            assert loss.correct is not None
+            assert loss.entropy is not None
             read = jnp.sum(batch.segments > 0)
             metrics |= {"token_accuracy": loss.correct / count, "entropy": loss.entropy / count, "tokens_read": read}
             metrics |= {"supervised_share": loss.count / jnp.maximum(read, 1), "padding_share": 1 - read / batch.segments.size}

@@ -7,13 +7,12 @@ that is to be judged so must be told so in its prompt. The solutions' calculator
 
 import re
 from collections.abc import Iterable, Mapping
-from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from data.tasks import exact_match
 from data.tasks.problems import Problem, Task
 
 ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")  # ANS_RE of the paper's repository (openai/grade-school-math)
-ANY_NUMBER = re.compile(r"-?\$?\d[\d,]*\.?\d*")
 _NOTE = re.compile(r"<<.*?>>")
 ASK = "\nThink step by step, and end with a line of #### and the number."
 
@@ -54,11 +53,7 @@ def has_answer(problem: Problem, answer: str) -> float:
 
 
 def last_number(problem: Problem, answer: str) -> float:
-    """1 where the last number of the text has the value asked for: lm-evaluation-harness's "flexible" metric, kinder than the paper's."""
-    numbers = ANY_NUMBER.findall(answer)
-    if not numbers:
-        return 0.0
-    try:
-        return float(Decimal(numbers[-1].replace(",", "").replace("$", "").rstrip(".")) == Decimal(problem.facts["answer"].rstrip(".")))
-    except InvalidOperation:  # digits and dots that are no number, as in 1.2.3
-        return 0.0
+    """1 where the last number of the text has the value asked for: the "flexible" rule of `data.tasks.exact_match`, kinder than the
+    paper's."""
+    asked = exact_match.Problem(problem.prompt, f"#### {problem.facts['answer']}")
+    return float(exact_match.matches(asked, answer)["flexible"])

@@ -60,4 +60,4 @@ def _package() -> Any:
     try:
         return importlib.import_module("reasoning_gym")
     except ModuleNotFoundError as error:
-        raise ImportError("tasks of reasoning-gym need the package: uv sync --extra tasks (or pip install reasoning-gym)") from error
+        raise ImportError("tasks of reasoning-gym need the package: uv pip install reasoning-gym") from error

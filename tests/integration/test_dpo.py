@@ -72,6 +72,19 @@ def test_a_copy_of_the_start_is_the_same_reference_and_a_resumed_run_the_same_ru
         np.testing.assert_allclose(one[name], other[name], atol=1e-5)
 
 
+def test_adapters_are_trained_against_the_model_without_them(start, tmp_path) -> None:
+    lines = prefer(start, tmp_path / "run", reference="lora_off", adapter={"kind": "lora", "rank": 3}, steps=4, save_every=4)
+    assert lines[0]["val_margin"] == pytest.approx(0, abs=1e-5)
+    assert [line for line in lines if "val_margin" in line][-1]["val_margin"] > 0.01
+    before, after = (load_file(folder / "model.safetensors") for folder in (start / "model", tmp_path / "run" / "export"))
+    changed = {name for name in before if (before[name] != after[name]).any()}
+    assert changed
+    assert all("_proj" in name for name in changed)
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    with pytest.raises(ValueError, match="takes the adapters off, and there are none"):
+        Config(source=start, reference="lora_off")
+
+
 def test_pairs_of_the_models_own(start, tmp_path, monkeypatch) -> None:
     """The verifier likes answers that do not begin with a letter: some of a random model's do, some do not."""
     problems = [Problem(f"{i}=") for i in range(40)]

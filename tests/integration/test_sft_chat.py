@@ -150,6 +150,7 @@ def test_cut_off_it_goes_on_to_the_identical_result(run, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.heavy
 def test_an_adapter_is_trained_in_place_of_the_weights_and_goes_on_too(made, tmp_path):
     folder = tmp_path / "lora"
     lora = {"kind": "lora", "rank": 3, "targets": ["attn.*"]}

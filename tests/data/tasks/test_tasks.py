@@ -206,7 +206,7 @@ def test_what_cannot_be_judged_is_left_out_and_what_is_unknown_refused() -> None
         ifeval.problem({"prompt": "", "instruction_id_list": ["form:haiku"], "kwargs": [{}]})
 
 
-needs_the_gym = pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is None, reason="needs the extra `tasks`")
+needs_the_gym = pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is None, reason="needs the package reasoning-gym")
 
 
 @needs_the_gym
@@ -221,7 +221,7 @@ def test_reasoning_gym() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is not None, reason="the package is there")
 def test_without_the_package_it_says_how_to_get_it() -> None:
-    with pytest.raises(ImportError, match="uv sync --extra tasks"):
+    with pytest.raises(ImportError, match="uv pip install reasoning-gym"):
         reasoning.task("chain_sum")
 
 
