@@ -87,7 +87,8 @@ class ZmajLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        return self.eot_token_id if self.our_tokenizer.opening_id is None else self.our_tokenizer.opening_id
+        """lm-eval's rule, not that of pretraining (`Tokenizer.opening_id`): BOS wherever one is named, added by the tokenizer or not."""
+        return self.eot_token_id if self.our_tokenizer.bos_id is None else self.our_tokenizer.bos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         ids = self.our_tokenizer.encode_with_specials(string).tolist()

@@ -45,7 +45,7 @@ def export(request, tmp_path_factory):
     core.post_processor = tokenizers.processors.TemplateProcessing(f"{bos} $A" if request.param == "bos_added" else "$A", "$A $B", special)
     core.save(str(folder / "tokenizer.json"))
     said = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(said | {"bos_token": bos}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(said | {"bos_token": bos, "add_bos_token": request.param == "bos_added"}))
     return folder
 
 
