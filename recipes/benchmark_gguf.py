@@ -1,7 +1,7 @@
 """A GGUF file here and in llama.cpp: how fast each reads a prompt and draws tokens, on the same weights, side by side.
 
-python -m recipes.benchmark_gguf model.gguf                                   # this project alone
-python -m recipes.benchmark_gguf model.gguf --llama-python venv/bin/python    # beside llama.cpp, from an interpreter that has cyllama
+    python -m recipes.benchmark_gguf model.gguf                                   # this project alone
+    python -m recipes.benchmark_gguf model.gguf --llama-python venv/bin/python    # beside llama.cpp, from an interpreter that has cyllama
 
 One sequence of random tokens, greedy. Each side is a process of its own, and they take turns, A B A B, so that a neighbour slows
 all alike; figures are medians over rounds. Ours unpacks the weights and keeps them as asked, llama.cpp multiplies them as they are packed.

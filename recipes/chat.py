@@ -1,9 +1,9 @@
 """Talk to any model that can be loaded: in the terminal, from a pipe, or a file of prompts at once.
 
-python -m recipes.chat my_export/                                        # /help lists what else can be asked
-python -m recipes.chat owner/name --system 'Answer in one sentence.' --temperature 0
-echo 'What is the capital of France?' | python -m recipes.chat model.gguf --seed 3
-python -m recipes.chat model.gguf --prompts questions.jsonl --out answers.jsonl
+    python -m recipes.chat my_export/                                        # /help lists what else can be asked
+    python -m recipes.chat owner/name --system 'Answer in one sentence.' --temperature 0
+    echo 'What is the capital of France?' | python -m recipes.chat model.gguf --seed 3
+    python -m recipes.chat model.gguf --prompts questions.jsonl --out answers.jsonl
 
 A conversation is written as the model's own chat template says and read into the caches of its layers, in chunks; at each turn only what is
 new is read. When it outgrows the context, the oldest exchanges are dropped, which is said. A model without a template is no chat model:
