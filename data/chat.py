@@ -213,7 +213,8 @@ class ChatFormat:
         if not text.startswith(" "):
             raise ValueError(
                 f"this tokenizer puts a space before every text, and the chat template has none between the opening {after[-20:]!r} and "
-                f"the answer {text[:20]!r}: the two cannot be encoded apart. Expected a special token or a space there, or a byte-level tokenizer"
+                f"the answer {text[:20]!r}: the two cannot be encoded apart. Expected a special token or a space there, or a byte-level "
+                "tokenizer"
             )
         return 1
 
