@@ -28,6 +28,7 @@ from lm.models import (  # noqa: E402
     load_adapter,
     load_pretrained,
     save_adapter,
+    save_native,
     save_pretrained,
 )
 
@@ -58,6 +59,7 @@ __all__ = [
     "put_on_flight",
     "quantised",
     "save_adapter",
+    "save_native",
     "save_pretrained",
     "stream",
     "trainable_filter",

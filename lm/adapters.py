@@ -76,16 +76,18 @@ class LoRA(eqx.Module):
         low = self.ops.linear(dropout(x, self.dropout, self.key).astype(self.down.dtype), self.down)
         y = y + (self.scale * self.ops.linear(low, self.up)).astype(y.dtype)
         if self.magnitude is not None:
-            y = (y * (self.magnitude / self.row_lengths())).astype(y.dtype)
+            y = _scaled(y, self.magnitude / self.row_lengths(after=x))
         return y if self.base.bias is None else y + self.base.bias.astype(y.dtype)
 
-    def row_lengths(self) -> Float[Array, " d_out"]:
-        """The length of each row of W + s · up down, in fp32, without gradient."""
-        down, up = (jax.lax.stop_gradient(each).astype(jnp.float32) for each in (self.down, self.up))
-        wide = jax.lax.stop_gradient(unpacked(self.base.weight)).astype(jnp.float32)
-        crossed = jnp.sum(up * (wide @ down.T), axis=1)
-        own = jnp.sum((up @ (down @ down.T)) * up, axis=1)
-        square = jnp.sum(jnp.square(wide), axis=1) + 2 * self.scale * crossed + self.scale**2 * own
+    def row_lengths(self, after: Float[Array, "*batch d_in"] | None = None) -> Float[Array, " d_out"]:
+        """The length of each row of W + s · up down, in fp32, without gradient. `after`: what a packed W waits for, lest it be unpacked
+        before the layer runs."""
+        down, up, weight = jax.lax.stop_gradient((self.down, self.up.astype(jnp.float32), self.base.weight))
+        weight = weight.after(after) if isinstance(weight, Quantised) and after is not None else weight
+        crossed = jnp.sum(up * self.ops.linear(down.astype(weight.dtype), weight, jnp.float32).T, axis=1)
+        gram = self.ops.linear(down, down, jnp.float32)
+        square = jnp.sum(jnp.square(unpacked(weight).astype(jnp.float32)), axis=1)
+        square = square + 2 * self.scale * crossed + self.scale**2 * jnp.sum((up @ gram) * up, axis=1)
         return jnp.sqrt(jnp.maximum(square, jnp.finfo(jnp.float32).tiny))
 
     def merged(self) -> Linear:
@@ -104,6 +106,12 @@ class LoRA(eqx.Module):
     def weight(self) -> Float[Array, "d_out d_in"]:
         """That matrix, made anew at each asking."""
         return self.merged().weight
+
+
+@jax.checkpoint
+def _scaled(y: Array, factors: Array) -> Array:
+    """In fp32; what waits for the backward pass is y as it was."""
+    return (y.astype(jnp.float32) * factors).astype(y.dtype)
 
 
 def _is_packed(node: Any) -> bool:
@@ -226,8 +234,8 @@ def trainable_filter(model: Model, also: Sequence[str] = ()) -> Model:
             raise ValueError(f"also: {pattern} means packed numbers ({sorted(paths & packed)[0]}), which are not trained")
     trained = own.union(*meant.values())
 
-    def is_trained(path: Any, leaf: Any) -> bool:
-        return eqx.is_inexact_array(leaf) and jax.tree_util.keystr(path, simple=True, separator="/") in trained
+    def is_trained(path: Any, leaf: Any) -> bool:  # the leaf may be abstract
+        return jnp.issubdtype(leaf.dtype, jnp.inexact) and jax.tree_util.keystr(path, simple=True, separator="/") in trained
 
     return jax.tree_util.tree_map_with_path(is_trained, model)
 

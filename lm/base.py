@@ -12,6 +12,7 @@ A model is a tree of arrays. It holds a tuple of blocks and runs them in a `for`
 run as one scan (`lm/flight.py`), it never learns.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -109,7 +110,9 @@ class AbstractLM(eqx.Module, is_abstract=True):
 
     @property
     def n_params(self) -> int:
-        return sum(x.size for x in jax.tree.leaves(eqx.filter(self, eqx.is_array)))
+        """Numbers the model has; a packed matrix counts those it stands for, and not its scales."""
+        nodes = jax.tree.leaves(self, is_leaf=lambda node: isinstance(node, Quantised))
+        return sum(math.prod(node.shape) for node in nodes if isinstance(node, Quantised) or eqx.is_array(node))
 
     @property
     def n_active_params(self) -> int:

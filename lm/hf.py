@@ -200,7 +200,7 @@ def load_weights(
                 filling[piece.path] = _buffer(piece.leaf.shape, np.dtype(tensor.dtype if dtype is None else dtype))
             filling[piece.path][... if piece.expert is None else piece.expert] = array
             if piece.is_last:
-                loaded[piece.path] = _placed(filling.pop(piece.path), piece.path, sharding)
+                loaded[piece.path] = placed(filling.pop(piece.path), piece.path, sharding)
         del tensor, array  # before the next is read
     return jax.tree.unflatten(jax.tree.structure(skeleton), [loaded[path] for path in leaves_by_path(skeleton)])
 
@@ -261,7 +261,8 @@ def _buffer(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + n_bytes].view(dtype).reshape(shape)
 
 
-def _placed(array: np.ndarray, path: str, sharding: Shardings) -> jax.Array:
+def placed(array: np.ndarray, path: str, sharding: Shardings) -> jax.Array:
+    """An array where the sharding wants it."""
     where = sharding(path) if callable(sharding) else sharding
     return jax.device_put(array) if where is None else jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
@@ -291,12 +292,12 @@ def save_folder(
 
 def _gathered(pieces: list[Piece], dtype: np.dtype) -> np.ndarray:
     """The tensor of the file that holds these pieces."""
-    return joined([_on_host(piece).astype(dtype, copy=False) for piece in pieces], pieces)
+    return joined([on_host(piece.leaf, piece.expert).astype(dtype, copy=False) for piece in pieces], pieces)
 
 
-def _on_host(piece: Piece) -> np.ndarray:
-    """A piece's numbers. An array keeps for good the copy it once gave to the host, so one that lies elsewhere is asked through a copy."""
-    leaf, expert = piece.leaf, piece.expert
+def on_host(leaf: Any, expert: int | None = None) -> np.ndarray:
+    """The numbers of a leaf, or of one expert. An array keeps for good the copy it once gave to the host, so one that lies elsewhere is
+    asked through a copy."""
     if isinstance(leaf, jax.Array) and [device.platform for device in leaf.devices()] != ["cpu"]:
         return np.asarray(jnp.copy(leaf) if expert is None else jax.lax.dynamic_index_in_dim(leaf, expert, keepdims=False))
     return np.asarray(leaf)[... if expert is None else expert]

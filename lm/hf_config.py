@@ -313,7 +313,7 @@ def refuse_native(model_type: str, **settings: Any) -> None:
     if native:
         raise ValueError(
             f"transformers has no {model_type} with {', '.join(f'{name} = {value!r}' for name, value in native.items())}: "
-            f"its config.json cannot say so, and it would compute another function. Such a model is kept in checkpoints, not exported"
+            f"its config.json cannot say so, and it would compute another function. A folder of ours can (lm.save_native)"
         )
 
 

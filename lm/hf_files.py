@@ -25,6 +25,7 @@ CONFIG_FILE = "config.json"
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}  # those a weight may have
+NUMBERS = DTYPES | {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}  # and those packed weights are made of
 _PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl)(\.index\.json)?")
 
 
@@ -181,7 +182,7 @@ def _shards(plans: Mapping[str, Plan], max_shard_bytes: int) -> list[list[str]]:
 def _write_shard(file: Path, plans: Mapping[str, Plan]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers wants to read it there
     ordered = sorted(plans, key=lambda key: -plans[key].dtype.itemsize)  # wide types first, so that each tensor is aligned
-    names = {dtype: name for name, dtype in DTYPES.items()}
+    names = {dtype: name for name, dtype in NUMBERS.items()}
     start = 0
     for key in ordered:
         plan = plans[key]
@@ -193,7 +194,7 @@ def _write_shard(file: Path, plans: Mapping[str, Plan]) -> None:
     with file.open("wb") as out:
         out.write(len(raw).to_bytes(8, "little") + raw)
         for key in ordered:
-            tensor = np.ascontiguousarray(plans[key].make())
+            tensor = np.asarray(plans[key].make(), order="C")  # ascontiguousarray would give a number an axis
             assert (tensor.shape, tensor.dtype) == (plans[key].shape, plans[key].dtype), key
             out.write(tensor.reshape(-1).view(np.uint8).data)
         out.flush()

@@ -72,8 +72,7 @@ def _packed_forward(x: Array, weight: Quantised, dtype: Any) -> tuple[Array, tup
 
 def _packed_backward(dtype: Any, saved: tuple[Quantised, Any], dy: Array) -> tuple[Array, None]:
     weight, of_x = saved
-    weight, dy = jax.lax.optimization_barrier((weight, dy))  # else XLA keeps what the forward pass unpacked
-    matrix, scales = weight.factors()
+    matrix, scales = weight.after(dy).factors()
     flat = dy.reshape(-1, dy.shape[-1])
     flat = flat if scales is None else flat * scales
     return _dot(flat.astype(matrix.dtype), matrix, 1, 0).astype(of_x.dtype).reshape(*dy.shape[:-1], -1), None

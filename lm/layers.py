@@ -228,8 +228,13 @@ def with_matrices(model: Tree, change: Callable[[str, Array], Any]) -> Tree:
 
 
 def cast(model: Tree, dtype: Any) -> Tree:
-    """The same model with its matrices in `dtype`."""
-    return with_matrices(model, lambda _, weight: weight.astype(dtype))
+    """The same model with its matrices in `dtype`; packed ones stay packed, and are multiplied in it."""
+    model = with_matrices(model, lambda _, weight: weight.astype(dtype))
+    return jax.tree.map(lambda node: node.astype(dtype) if _is_packed(node) else node, model, is_leaf=_is_packed)
+
+
+def _is_packed(node: Any) -> bool:
+    return isinstance(node, Quantised)
 
 
 def quantised(model: Tree, kind: str = "int8", *, group: int | None = None, double: bool = False, dtype: Any = None) -> Tree:

@@ -1,16 +1,26 @@
 """A model and its tokenizer, from wherever they lie: a run of this project, a Hugging Face folder, a GGUF file, the Hub."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
 
+import lm
 from data.tokenizer import Tokenizer
 from lm.base import AbstractLM
 from lm.hf import abstract
 from lm.hf_files import INDEX_FILE, WEIGHTS_FILE
 from lm.hub import folder_of
 from lm.models import ARCHITECTURES, load_pretrained
+from lm.native import quantisation_of
+from lm.quant import KINDS
+from recipes.command_line import CONFIG_FILE
+from train.adapters import AdapterConfig, adapted, trained_part
 from train.checkpoint import Checkpoints, read_record
 
 
@@ -39,11 +49,60 @@ def load(source: str | Path, *, revision: str | None = None) -> tuple[AbstractLM
     record = read_record(folder / "checkpoints")
     architecture = ARCHITECTURES[record["model_type"]]
     skeleton = abstract(architecture.model.init, architecture.config(**record["model"]))
+    if "adapter" in record and record["adapter"]["kind"] != "none":
+        return _adapted(folder, record, skeleton)
     item = "average" if record["use_average"] and "average" in record["digests"] else "model"
     with Checkpoints(folder / "checkpoints") as checkpoints:
         found = checkpoints.restore({item: eqx.filter(skeleton, lambda leaf: hasattr(leaf, "shape"))})
     origin = f"{folder}, checkpoint of step {found.step}" + (", average of the weights" if item == "average" else "")
     return found.items[item], Tokenizer.load(folder / "tokenizer"), origin
+
+
+def _adapted(run: Path, record: Mapping[str, Any], skeleton: AbstractLM) -> tuple[AbstractLM, Tokenizer, str]:
+    """The model of a run that trains adapters, merged. Its checkpoints hold no base: that is loaded anew from where the run had it.
+
+    **Raises:** `ValueError` where there is none now, or another.
+    """
+    source = json.loads((run / CONFIG_FILE).read_text(encoding="utf-8"))["source"]
+    loaded = jax.tree.leaves(load(source)[0])
+    words = f"{run} trains adapters of {record['base']['name']}, and {source} is not that model"
+    if [leaf.shape for leaf in loaded] != [leaf.shape for leaf in jax.tree.leaves(skeleton)]:
+        raise ValueError(f"{words} as it was trained: arrays have other shapes (has the vocabulary grown?). Its export/ opens at the end")
+    base = jax.tree.unflatten(jax.tree.structure(skeleton), [leaf.astype(jnp.float32) for leaf in loaded])
+    if lm.Base.of(base, source).digest != record["base"]["digest"]:
+        raise ValueError(f"{words}: it has other weights now. Bring back those the run began with")
+    config = AdapterConfig(**record["adapter"])
+    model = adapted(base, config, key=jr.key(0))
+    trained, frozen = eqx.partition(model, trained_part(model, config, record.get("also", ())))
+    item = "average" if record["use_average"] and "average" in record["digests"] else "trainable"
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        found = checkpoints.restore({item: jax.eval_shape(lambda: trained)})
+    origin = f"{run}, adapters of step {found.step} merged into {record['base']['name']}"
+    return lm.merge(eqx.combine(found.items[item], frozen)), Tokenizer.load(run / "tokenizer"), origin
+
+
+def kept_as(model: AbstractLM, weights: str, products: str) -> tuple[AbstractLM, str]:
+    """A model to generate with, its matrices kept as `weights` says, and what they are.
+
+    **Arguments:**
+
+    - `weights`: a dtype, one of `lm.quant.KINDS`, or `auto`: as packed where they are, else in the dtype of `products`.
+    - `products`: the dtype that packed matrices are multiplied in.
+
+    **Raises:** `ValueError` for a packed model that is to be something else.
+    """
+    packed = quantisation_of(model)
+    if packed:
+        kinds = sorted({str(record["kind"]) for name, record in packed.items() if not name.startswith(("embed", "unembed"))})
+        if weights not in ("auto", *kinds):
+            raise ValueError(
+                f"this model is packed as {' and '.join(kinds)}, and cannot be had as {weights}: take the one it was made from"
+            )
+        return lm.cast(model, jnp.dtype(products)), " and ".join(kinds)
+    if weights in KINDS:
+        return lm.quantised(model, weights, dtype=products), weights
+    dtype = products if weights == "auto" else weights
+    return lm.cast(model, jnp.dtype(dtype)), dtype
 
 
 def is_gguf(source: str | Path) -> bool:

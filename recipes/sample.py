@@ -16,11 +16,10 @@ import numpy as np
 import tyro
 from pydantic import Field
 
-import lm
 from data.tokenizer import StreamDecoder, Tokenizer
 from lm.generate import Sampler, generate, stream
 from recipes.command_line import RecipeConfig, fail
-from recipes.loading import load
+from recipes.loading import kept_as, load
 from recipes.stop_strings import StopStrings
 from train.backends import choose_weights
 from train.checkpoint import CheckpointError
@@ -44,8 +43,8 @@ class Config(RecipeConfig):
     samples: int = Field(1, ge=1, description="continuations; one is shown as it is drawn, several are drawn together and then shown")
     seed: int = Field(0, ge=0, description="of the draws")
     device: Literal["auto", "cpu", "gpu", "tpu"] = Field("auto", description="where to compute")
-    weights: Literal["auto", "float32", "bfloat16", "int8"] = Field(
-        "auto", description="how the matrices are kept; auto: bfloat16 where the device has instructions for it, else float32"
+    weights: Literal["auto", "float32", "bfloat16", "int8", "int4", "nf4"] = Field(
+        "auto", description="how the matrices are kept; auto: as packed, or bfloat16 where the device has instructions for it, else float32"
     )
 
 
@@ -55,10 +54,8 @@ def main(config: Config) -> None:
     device = choose_device(config.device)
     compilation_cache()
     model, tokenizer, origin = load(config.model)
-    products = choose_weights(device_facts(device))
-    weights = products if config.weights == "auto" else config.weights
+    model, weights = kept_as(model, config.weights, choose_weights(device_facts(device)))
     print(f"[{origin}: {model.n_params:,} parameters, as {weights}]", file=sys.stderr)
-    model = lm.quantised(model, products) if weights == "int8" else lm.cast(model, weights)
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     prompt = np.concatenate([np.asarray(start, np.int32), tokenizer.encode(config.prompt)])
     room = model.config.context - len(prompt)

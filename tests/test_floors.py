@@ -20,7 +20,10 @@ LM_FLOORS = (
     ("layers", "rope", "cache", "moe"),
     ("base",),
     ("attention",),
-    ("flight", "adapters", "adapter_files", "surgery", "inside", "generate", "hf", "hf_config", "hf_files", "hub", "gguf", "models.*"),
+    (
+        *("flight", "adapters", "adapter_files", "native", "surgery", "inside", "generate"),
+        *("hf", "hf_config", "hf_files", "hub", "gguf", "models.*"),
+    ),
     ("models",),
     ("",),  # lm/__init__.py
 )

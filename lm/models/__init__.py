@@ -4,10 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import jax
 from jaxtyping import Array, Key
 
-from lm import adapter_files, gguf
+from lm import adapter_files, gguf, native
 from lm.adapter_files import Base
+from lm.adapters import LoRA
 from lm.base import AbstractLM
 from lm.hf import MAX_SHARD_BYTES, Names, Shardings, abstract, load_weights, save_folder
 from lm.hf_files import CONFIG_FILE, read_json
@@ -31,6 +33,7 @@ from lm.models import (
     qwen3_moe,
     smollm3,
 )
+from lm.quant import Quantised
 
 Model = TypeVar("Model", bound=AbstractLM)
 
@@ -82,9 +85,11 @@ def load_pretrained(source: str | Path, *, dtype: Any = None, sharding: Sharding
 
     **Arguments:**
 
-    - `source`: a Hugging Face folder (`config.json` and safetensors); a repository of the Hub, `"owner/name"`, which is fetched into the
-      Hub library's cache (`HF_HOME`, `HF_HUB_OFFLINE` and `HF_TOKEN` hold); or a file that ends in `.gguf`.
-    - `dtype`: of the arrays in memory; `None` keeps the file's, and dequantises those of a GGUF file to fp32.
+    - `source`: a Hugging Face folder (`config.json` and safetensors), or one of ours (`save_native`); a repository of the Hub,
+      `"owner/name"`, which is fetched into the Hub library's cache (`HF_HOME`, `HF_HUB_OFFLINE` and `HF_TOKEN` hold); or a file that ends
+      in `.gguf`.
+    - `dtype`: of the arrays in memory; `None` keeps the file's, and dequantises those of a GGUF file to fp32. Packed weights stay packed,
+      and are multiplied in it.
     - `sharding`: where the arrays go: one `jax.sharding.Sharding` for all, or a function from the path of each
       (`blocks/3/attn/q_proj/weight`) to its own; `None` is the default device. Each goes there as it is read: the host never holds more
       than the arrays that are its own and one tensor of the file. GGUF files take none.
@@ -104,6 +109,8 @@ def load_pretrained(source: str | Path, *, dtype: Any = None, sharding: Sharding
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: expected a Hugging Face folder with config.json and model.safetensors")
     raw = read_json(path)
+    if raw.get("model_type") == native.MODEL_TYPE:
+        return native.load_native(raw, ARCHITECTURES, folder, dtype=dtype, sharding=sharding)
     architecture = _of_model_type(raw.get("model_type"), path)
     skeleton = abstract(architecture.model.init, architecture.config.from_hf(raw))
     return load_weights(skeleton, architecture.hf_names, folder, dtype=dtype, sharding=sharding, current_key=architecture.current_key)
@@ -131,7 +138,8 @@ def save_pretrained(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     extra_config: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a folder that `transformers` and `load_pretrained` read.
+    """Write a folder that `transformers` and `load_pretrained` read. Packed weights, and settings `transformers` does not know, go into a
+    folder of ours (`save_native`).
 
     **Arguments:**
 
@@ -139,10 +147,35 @@ def save_pretrained(
     - `dtype`: of the arrays in the file; `None` keeps the model's.
     - `max_shard_bytes`: a larger model becomes `model-00001-of-0000N.safetensors`, ... and an index.
     - `extra_config`: further keys of `config.json`, such as `bos_token_id`.
+
+    **Raises:** `ValueError` for a model `transformers` could not compute under its name, and for packed weights and adapters.
     """
+    odd = [node for node in jax.tree.leaves(model, is_leaf=_is_odd) if _is_odd(node)]
+    if odd:
+        way = "lm.save_native keeps them as they are" if isinstance(odd[0], Quantised) else "merge them, or lm.save_adapter keeps them"
+        raise ValueError(f"a folder for transformers holds plain matrices, and {len(odd)} of this model are {type(odd[0]).__name__}: {way}")
     save_folder(
         model, architecture_of(model.config).hf_names, Path(folder), dtype=dtype, max_shard_bytes=max_shard_bytes, extra_config=extra_config
     )
+
+
+def _is_odd(node: Any) -> bool:
+    return isinstance(node, Quantised | LoRA)
+
+
+def save_native(
+    model: AbstractLM,
+    folder: str | Path,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    extra_config: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a folder that `load_pretrained` reads and nobody takes for another's (`lm.native`): packed weights as they are, and any setting
+    a config has. The arguments are those of `save_pretrained`.
+
+    **Raises:** `ValueError` for a model with adapters.
+    """
+    native.save_native(model, Path(folder), max_shard_bytes=max_shard_bytes, extra_config=extra_config)
 
 
 def save_adapter(model: AbstractLM, folder: str | Path, *, base: Base, also: Sequence[str] = ()) -> None:

@@ -14,8 +14,8 @@ from tiny import facts_of, packed_batch, tiny
 
 import lm
 from lm.flight import Flight, put_on_flight
-from lm.kernels_cpu import BLOCK, FEW, FEW_INT8, SLOTS
-from lm.quant import Quantised
+from lm.kernels_cpu import BLOCK, FEW, FEW_PACKED, SLOTS
+from lm.quant import Int8Rows
 
 HEAD_DIM, SCALE = 8, 0.3
 ROUNDING = 2e-6  # fp32, over the largest entry: sums of at most 300 terms, taken in another order; measured 6e-7
@@ -256,10 +256,10 @@ def test_products_of_few_and_of_many_rows_are_the_reference_s_and_so_are_their_g
             np.testing.assert_allclose(np.float32(one), np.float32(other), rtol=0, atol=rounding * np.abs(np.float32(other)).max())
 
 
-@pytest.mark.parametrize("rows", [1, FEW_INT8 - 1, FEW_INT8, 40])
+@pytest.mark.parametrize("rows", [1, FEW_PACKED - 1, FEW_PACKED, 40])
 def test_products_with_int8_are_the_reference_s(rows):
     rng = np.random.default_rng(rows)
-    weight = Quantised.of(jnp.asarray(rng.standard_normal((40, 24)), jnp.bfloat16))
+    weight = Int8Rows.of(jnp.asarray(rng.standard_normal((40, 24)), jnp.bfloat16))
     x = jnp.asarray(rng.standard_normal((rows, 24)), jnp.bfloat16)
     one, other = (ops.linear(x, weight, jnp.float32) for ops in (lm.BACKENDS["cpu"], lm.REFERENCE))
     assert max(error([one], [other])) < ROUNDING
