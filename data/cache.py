@@ -87,7 +87,7 @@ class TokenCache:
             raise ValueError(f"no documents in the split '{split}': expected at least one to encode")
         made_from = {
             "tokenizer": tokenizer.digest,
-            "marks": [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id],
+            "marks": [opening, closing, tokenizer.pad_id],
             "source": source_digest,
         }
 
@@ -188,14 +188,14 @@ class TokenCache:
 
 
 def _document_marks(tokenizer: Tokenizer) -> tuple[int, int]:
-    """The tokens before and after each document. Without a BOS the EOS stands in front too, as in GPT-2: the first token
-    of the text needs something to be predicted from, or its bytes would have no loss."""
+    """The tokens before and after each document."""
     if tokenizer.eos_id is None:
         raise ValueError(
             f"{tokenizer} has no EOS token, so nothing would mark where a document ends: expected eos_token in the "
             "tokenizer_config.json beside its tokenizer.json"
         )
-    return (tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id), tokenizer.eos_id
+    assert tokenizer.opening_id is not None, "it is EOS where there is nothing else"
+    return tokenizer.opening_id, tokenizer.eos_id
 
 
 class Encoded(NamedTuple):

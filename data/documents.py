@@ -30,8 +30,9 @@ class Source:
     name: str  # short, for titles and folder names
     train: grain.MapDataset  # of {"text": str, "name": str}
     held_out: grain.MapDataset  # likewise
+    whole: grain.MapDataset  # likewise; all of them in order, the only one uncut: what is measured and not trained on
     record: dict[str, Any]  # JSON: what was asked, counts, `sha256` over every document's name and bytes in order
-    parts: tuple["Part", ...] = ()  # of a mixture; `train` and `held_out` are then theirs, one after another
+    parts: tuple["Part", ...] = ()  # of a mixture; `train`, `held_out` and `whole` are then theirs, one after another
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,8 @@ class Documents:
             "characters_replaced": 0,
             **self.counts,
         }
-        return Source(name, grain.MapDataset.source(train), grain.MapDataset.source(kept_out), record)
+        whole = grain.MapDataset.source(_Whole(self.store))
+        return Source(name, grain.MapDataset.source(train), grain.MapDataset.source(kept_out), whole, record)
 
     def _split(self) -> tuple[TextStore, np.ndarray, str]:
         """The documents, the numbers of those held out, the rule in words."""
@@ -172,6 +174,22 @@ class _Texts:
     def __getitem__(self, i: int) -> dict[str, str]:
         at = self.held_out[i] if self.wants_held_out else i + np.searchsorted(self._others_before, i, side="right")
         return {"text": self.store.text(int(at)), "name": self.store.name(int(at))}
+
+    def __repr__(self) -> str:
+        return f"{len(self)} documents on disk"
+
+
+class _Whole:
+    """Grain's random access over all documents as they came."""
+
+    def __init__(self, store: TextStore) -> None:
+        self.store = store
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, i: int) -> dict[str, str]:
+        return {"text": self.store.text(int(i)), "name": self.store.name(int(i))}
 
     def __repr__(self) -> str:
         return f"{len(self)} documents on disk"

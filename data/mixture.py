@@ -62,6 +62,7 @@ def mixed_source(spec: str, parts: Sequence[Part]) -> Source:
         "+".join(part.source.name for part in parts),
         grain.MapDataset.concatenate([part.source.train for part in parts]),
         grain.MapDataset.concatenate([part.source.held_out for part in parts]),
+        grain.MapDataset.concatenate([part.source.whole for part in parts]),
         {
             "spec": spec,
             "kind": "mixture",

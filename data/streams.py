@@ -65,7 +65,7 @@ class StreamBatches:
         if tokenizer.eos_id is None:
             raise ValueError(f"{tokenizer} has no EOS token, so nothing would mark where a document ends")
         self._tokenizer, self._batch, self._seq = tokenizer, batch, seq
-        self._opening = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+        self._opening = tokenizer.opening_id
         self._closing = tokenizer.eos_id
         self._pad = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
         share = batch // process_count

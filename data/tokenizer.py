@@ -1,8 +1,9 @@
 """Text to token ids and back: `Tokenizer`, trained here or read from any Hugging Face `tokenizer.json` or GGUF file;
 `StreamDecoder` for text that must appear while ids are still arriving.
 
-The file format is Hugging Face's, so a tokenizer trained here opens in `transformers` and theirs open here. Ours carries
-no post-processor: `tok(text)` gives the plain ids there too, and whoever builds a document adds BOS and EOS by id.
+The file format is Hugging Face's, so a tokenizer trained here opens in `transformers` and theirs open here. `encode` gives
+the plain ids of a text. What a prompt begins with is `prompt_prefix`, the tokenizer's own rule; those trained here begin
+with BOS, since the documents of their models do, and `tok(text)` in `transformers` does the same.
 """
 
 import functools
@@ -19,6 +20,7 @@ from loguru import logger
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from data import chat_template, tokenizer_gguf
+from data.tokenizer_ends import prefix_of, put_around, without_ends
 from data.tokenizer_plain import plain_core
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
@@ -51,7 +53,8 @@ class Tokenizer:
     """Token ids for text, byte for byte: `decode(encode(text)) == text` for tokenizers trained here.
 
     `bos_id`, `eos_id` and `pad_id` are `None` where the tokenizer has no such token, `chat_templates` is empty where it has
-    none. `others` are further names that chat templates may read, such as `unk_token`.
+    none. `others` are further names that chat templates may read, such as `unk_token`. `prompt_prefix` are the ids it puts
+    before a text: the BOS or none, whether one is named or not.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Tokenizer:
             logger.warning("tokenizer.json asks for truncation or padding; both are off here, nothing is cut or filled")
             core.no_truncation()
             core.no_padding()
+        self.prompt_prefix = prefix_of(core)
         self._core, self._plain_core = core, plain_core(core)
         self._names = {"bos": bos, "eos": eos, "pad": pad}
         self._others = dict(others or {})
@@ -75,7 +79,7 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.pad_id = (self._id_of(role, name) for role, name in self._names.items())
         self.vocab_size = max(core.get_vocab(with_added_tokens=True).values()) + 1  # largest id + 1; ids may have holes
         self._added = frozenset(core.get_added_tokens_decoder())
-        self._cuts_at_lines = core.normalizer is None and json.dumps(SPLIT_PATTERN) in core.to_str()
+        self._cuts_at_lines = core.normalizer is None and _cuts_as_here(core)
         self._byte_level = '"ByteLevel"' in json.dumps(json.loads(core.to_str())["decoder"])
 
     @classmethod
@@ -110,6 +114,7 @@ class Tokenizer:
             show_progress=False,
         )
         core.train_from_iterator((part for text in texts for part in _parts(text)), trainer)
+        put_around(core, [BOS])  # as documents begin in training
         trained = cls(core, bos=BOS, eos=EOS, pad=PAD)
         if trained.vocab_size < vocab_size:
             logger.warning(
@@ -123,8 +128,10 @@ class Tokenizer:
     def load(cls, path: str | Path) -> Self:
         """The tokenizer of a folder (or of a `tokenizer.json` file), ours or any Hugging Face one, or of a GGUF file.
 
-        BOS, EOS and PAD are those named in `tokenizer_config.json` beside it, none where it is silent or missing. The chat
-        template is `chat_template.jinja` beside it, or stands in that config.
+        BOS, EOS and PAD are those named in `tokenizer_config.json` beside it, none where it is silent or missing. A text
+        begins with what the post-processor of `tokenizer.json` puts there, else with BOS where the config says
+        `"add_bos_token": true`; in a GGUF file with BOS where `tokenizer.ggml.add_bos_token` says so. The chat template is
+        `chat_template.jinja` beside it, or stands in that config.
         """
         if Path(path).suffix == ".gguf":
             return cls(**tokenizer_gguf.read(Path(path))._asdict())
@@ -144,6 +151,10 @@ class Tokenizer:
         except ValueError as error:
             raise ValueError(f"'{beside}' is not JSON: {error}. Fetch it again, or remove it to go without BOS, EOS and PAD") from error
         bos, eos, pad = (_content(config.get(f"{role}_token")) for role in ("bos", "eos", "pad"))
+        # Tokenizers trained here before they wrote down how a text begins are known by how they cut it.
+        begins = config.get("add_bos_token") is True or (bos == BOS and _cuts_as_here(core))
+        if begins and bos is not None and core.token_to_id(bos) is not None and not prefix_of(core):
+            put_around(core, [bos])
         others = {name: text for name in OTHER_NAMES if (text := _content(config.get(name))) is not None}
         return cls(core, bos=bos, eos=eos, pad=pad, others=others, chat_templates=chat_template.read(file.parent, config))
 
@@ -181,6 +192,25 @@ class Tokenizer:
         if self._cuts_at_lines and any(len(text) > 2 * PART for text in texts):
             return [self._encode_long(text) for text in texts]
         return [np.asarray(e.ids, np.int32) for e in _encoded(self._plain_core, texts)]
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """The ids that a model is to go on from: `prompt_prefix` and the text, or the beginning of a document where both are
+        empty. Conversations begin as their template says: they are for `encode_with_specials` alone.
+
+        **Raises:** `ValueError` for no text where nothing is known that a document begins with.
+        """
+        tokens = np.concatenate([np.asarray(self.prompt_prefix, np.int32), self.encode(text)])
+        if tokens.size:
+            return tokens
+        if self.opening_id is None:
+            raise ValueError(f"{self} has neither BOS nor EOS for a document to begin with: a prompt needs some text")
+        return np.asarray([self.opening_id], np.int32)
+
+    @property
+    def opening_id(self) -> int | None:
+        """What stands before a document in training, so that its first token is predicted from something: what a prompt begins
+        with (the last token, where those are several), else the EOS that ended the document before, as in GPT-2."""
+        return self.prompt_prefix[-1] if self.prompt_prefix else self.eos_id
 
     def encode_with_specials(self, text: str) -> np.ndarray:
         """Like `encode`, but `<|user|>` in the text is the special token. For text we wrote ourselves (templates)."""
@@ -250,8 +280,9 @@ class Tokenizer:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256, in hex, of the compact `tokenizer.json` text: equal digests, equal ids for every text."""
-        return hashlib.sha256(self._core.to_str().encode()).hexdigest()
+        """SHA-256, in hex, of the compact `tokenizer.json` text without its post-processor: equal digests, equal ids of `encode`
+        for every text."""
+        return hashlib.sha256(without_ends(self._core).to_str().encode()).hexdigest()
 
     def __repr__(self) -> str:
         ids = f"bos_id={self.bos_id}, eos_id={self.eos_id}, pad_id={self.pad_id}"
@@ -346,6 +377,10 @@ def _parts(text: str) -> Iterator[str]:
         yield text[start : cut.end()]
         start = cut.end()
     yield text[start:]
+
+
+def _cuts_as_here(core: tokenizers.Tokenizer) -> bool:
+    return json.dumps(SPLIT_PATTERN) in core.to_str()
 
 
 def _content(token: str | dict[str, Any] | None) -> str | None:

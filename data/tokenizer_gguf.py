@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+
+from data.tokenizer_ends import put_around
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # tokenizer.ggml.token_type
 SPACE = "▁"  # how SentencePiece writes one
@@ -85,7 +87,7 @@ def from_metadata(metadata: Mapping[str, Any], where: str) -> Parts:
 
     ids = {role: metadata.get(f"tokenizer.ggml.{key}_token_id") for role, key in _ROLES.items()}
     names = {role: None if i is None else tokens[i] for role, i in ids.items()}
-    _add_ends(core, metadata, names, ids)
+    _add_ends(core, metadata, names)
     others = {} if names["unk"] is None else {"unk_token": names["unk"]}
     return Parts(core, names["bos"], names["eos"], names["pad"], others, _templates(metadata))
 
@@ -155,17 +157,13 @@ def _sentence_piece(metadata: Mapping[str, Any], tokens: list[str], types: list[
     return core
 
 
-def _add_ends(core: tokenizers.Tokenizer, metadata: Mapping[str, Any], names: Mapping[str, str | None], ids: Mapping[str, Any]) -> None:
-    """BOS and EOS that `transformers` is to put around a text. (Ours adds none: whoever builds a document does.)"""
-    # Where nothing is said, llama.cpp begins SentencePiece's texts with BOS and no others.
-    starts = metadata.get("tokenizer.ggml.add_bos_token", metadata["tokenizer.ggml.model"] == "llama")
-    wanted = {"bos": starts, "eos": metadata.get("tokenizer.ggml.add_eos_token", False)}
-    there = [role for role, is_wanted in wanted.items() if is_wanted and names[role] is not None]
-    if there:
-        core.post_processor = processors.TemplateProcessing(
-            single=[*(names[role] for role in there if role == "bos"), "$A", *(names[role] for role in there if role == "eos")],
-            special_tokens=[(names[role], ids[role]) for role in there],
-        )
+def _add_ends(core: tokenizers.Tokenizer, metadata: Mapping[str, Any], names: Mapping[str, str | None]) -> None:
+    """BOS and EOS around a text, as llama.cpp would put them."""
+    # Where nothing is said, llama.cpp begins texts of SentencePiece and of Llama 3 with BOS and no others (llama-vocab.cpp).
+    by_kind = metadata["tokenizer.ggml.model"] == "llama" or metadata.get("tokenizer.ggml.pre") == "llama-bpe"
+    bos = names["bos"] if metadata.get("tokenizer.ggml.add_bos_token", by_kind) else None
+    eos = names["eos"] if metadata.get("tokenizer.ggml.add_eos_token", False) else None
+    put_around(core, [] if bos is None else [bos], [] if eos is None else [eos])
 
 
 def _templates(metadata: Mapping[str, Any]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from jaxtyping import install_import_hook as _install_import_hook
 _install_import_hook("lm", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 from lm.adapter_files import Base  # noqa: E402
-from lm.adapters import LoRA, add_lora, merge, trainable_filter, unmerge  # noqa: E402
+from lm.adapters import LoRA, add_lora, merge, trainable_filter, unmerge, without_adapters  # noqa: E402
 from lm.base import AbstractBlock, AbstractLM, mark  # noqa: E402
 from lm.cache import LayerCache  # noqa: E402
 from lm.flight import Flight, Remat, Stack, put_on_flight  # noqa: E402
@@ -65,4 +65,5 @@ __all__ = [
     "trainable_filter",
     "unmerge",
     "with_ops",
+    "without_adapters",
 ]

@@ -26,7 +26,7 @@ from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from lm.adapters import LoRA, adapters_of, map_nodes, trainable_filter
+from lm.adapters import LoRA, adapters_of, map_nodes, trainable_filter, without_adapters
 from lm.base import AbstractLM, leaves_by_path
 from lm.digests import digest_of, leaf_digests
 from lm.hf import Names, Piece, by_key, cut, joined, stored_leaf
@@ -53,17 +53,13 @@ class Base:
     def of(model: AbstractLM, name: str | Path) -> "Base":
         """Of a model as it was loaded: rounded to fewer bits it would be another. Adapters already on it are not looked at."""
         digests: dict[str, str] = {}
-        for path, leaf in leaves_by_path(_without_adapters(model)).items():
+        for path, leaf in leaves_by_path(without_adapters(model)).items():
             if eqx.is_array(leaf):
                 digests |= leaf_digests({path: leaf.astype(jnp.float32) if eqx.is_inexact_array(leaf) else leaf})
         return Base(Path(name).name if Path(name).exists() else str(name), digest_of(digests))
 
     def record(self) -> dict[str, str]:
         return {"name": self.name, "digest": self.digest}
-
-
-def _without_adapters(model: Model) -> Model:
-    return map_nodes(lambda _, lora: lora.base, model, lambda node: isinstance(node, LoRA))
 
 
 class Slot(NamedTuple):
@@ -81,7 +77,7 @@ def _slots(model: AbstractLM, names: Names) -> tuple[dict[str, Slot], dict[str, 
     """The matrices that adapters can be put on, by the module's name; and all tensors, by key."""
     skeleton = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, Quantised) else leaf,
-        _without_adapters(model),
+        without_adapters(model),
         is_leaf=lambda node: isinstance(node, Quantised),
     )
     tensors = by_key(skeleton, names)
@@ -100,7 +96,8 @@ def save_adapter(model: AbstractLM, names: Names, folder: Path, *, base: Base, a
     trained = trainable_filter(model, also)  # checks both
     slots, tensors = _slots(model, names)
     slots = {module: slot for module, slot in slots.items() if any(path in adapters for path in slot.paths)}
-    found, settings = {}, {}
+    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for module, slot in slots.items():
         arrays, settings[module] = _written(slot, adapters)
         found |= {f"{_PREFIX}{module}.{name}": array for name, array in arrays.items()}
@@ -226,7 +223,7 @@ def load_adapter(model: Model, names: Names, folder: Path, *, base: Base | None 
         )
     loras = _loras(arrays, slots, config)
     model = map_nodes(lambda path, linear: loras[path](linear) if path in loras else linear, model, lambda node: isinstance(node, Linear))
-    leaves = {}
+    leaves: dict[str, Any] = {}
     for key in arrays.keys() & tensors.keys():
         for piece, array in zip(tensors[key], cut(arrays[key], tensors[key]), strict=True):
             leaves |= dict.fromkeys(_in_wrapper(piece.path), array)
@@ -251,7 +248,7 @@ def _file(folder: Path, name: str) -> Path:
 def _check_config(config: Mapping[str, Any], folder: Path) -> None:
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{folder} holds an adapter of type {config.get('peft_type')!r}; only LORA is known here")
-    nothing = (None, False, {}, [], "none")
+    nothing: tuple[Any, ...] = (None, False, {}, [], "none")
     unknown = {name: value for name, value in config.items() if name not in _HARMLESS | _READ and value not in nothing}
     if config.get("init_lora_weights") not in _KEEPS_THE_BASE:
         unknown["init_lora_weights"] = config["init_lora_weights"]

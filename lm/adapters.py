@@ -105,7 +105,9 @@ class LoRA(eqx.Module):
     @property
     def weight(self) -> Float[Array, "d_out d_in"]:
         """That matrix, made anew at each asking."""
-        return self.merged().weight
+        merged = self.merged().weight
+        assert not isinstance(merged, Quantised), "merging unpacks"
+        return merged
 
 
 @jax.checkpoint
@@ -238,6 +240,11 @@ def trainable_filter(model: Model, also: Sequence[str] = ()) -> Model:
         return jnp.issubdtype(leaf.dtype, jnp.inexact) and jax.tree_util.keystr(path, simple=True, separator="/") in trained
 
     return jax.tree_util.tree_map_with_path(is_trained, model)
+
+
+def without_adapters(model: Model) -> Model:
+    """The model with its adapters taken off, sharing its arrays: what it was before `add_lora`, DoRA's magnitudes included."""
+    return map_nodes(lambda _, lora: lora.base, model, lambda node: isinstance(node, LoRA))
 
 
 def merge(model: Model) -> Model:

@@ -65,3 +65,9 @@ class LayerCache(eqx.Module):
             segments=write(self.segments, facts.segments, facts.segments.ndim - 1),
             filled=self.filled + seq,
         )
+
+    def rewound(self, back: Int[Array, ""]) -> "LayerCache":
+        """As it was `back` tokens ago: the slots written since are free again."""
+        filled = self.filled - back
+        segments = jnp.where(jnp.arange(self.slots) < filled, self.segments, UNWRITTEN)
+        return LayerCache(keys=self.keys, values=self.values, positions=self.positions, segments=segments, filled=filled)

@@ -1,4 +1,8 @@
-"""Fingerprints of arrays: what a checkpoint is sealed with, and what an adapter knows its base by."""
+"""Fingerprints of trees of arrays: equal on any mesh, different after any flipped bit.
+
+`digest` is one of a whole tree, `leaf_digests` one for each leaf. They seal checkpoints, say which weights a run began from, and tell an
+adapter its base.
+"""
 
 import json
 from hashlib import sha256
@@ -17,7 +21,7 @@ def digest(tree: PyTree) -> str:
 
 def leaf_digests(tree: PyTree) -> dict[str, str]:
     """For each leaf, by path: `dtype[shape] fold`. All are computed when this returns, so that the arrays may then be given away."""
-    leaves = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    leaves = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     for path, leaf in leaves.items():
         if not isinstance(leaf, jax.Array | np.ndarray):
             raise TypeError(
@@ -64,11 +68,17 @@ def _words(leaf: Array | np.ndarray) -> Array | np.ndarray:
     return leaf
 
 
+def has_no_elements(leaf_digest: str) -> bool:
+    return "0" in leaf_digest.partition("[")[2].partition("]")[0].split(",")
+
+
 def digest_of(listed: dict[str, Any]) -> str:
-    """The sha256 of what JSON can say, whatever the order of its keys."""
     return sha256(json.dumps(listed, sort_keys=True).encode()).hexdigest()
 
 
 def layout(leaf: Array | np.ndarray | jax.ShapeDtypeStruct) -> str:
-    """`float32[24,40]`."""
     return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+
+
+def path_of(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -5,177 +5,20 @@ up to a few sizes, so that the compiled programs are used again.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Key
 
 from lm.base import AbstractLM
-from lm.kernels import BACKENDS, REFERENCE, Ops, with_ops
-from lm.masks import PADDING, Facts
+from lm.decoding import Decoding, cache_dtype, chosen_ops, decode, draw, prefill, stop_array
+from lm.kernels import Ops
+from lm.sampling import GREEDY, Sampler
 
-PROMPT_ROUNDING = 32  # tokens; prompts are padded to a multiple
-SLOT_ROUNDING = 128  # tokens; caches are as long as a multiple
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """How the next token is drawn from the logits.
-
-    `temperature` 0 is greedy. `top_k` keeps the k most likely tokens (Fan et al. 2018, arXiv:1805.04833); `top_p` the fewest tokens that
-    hold that much probability (Holtzman et al. 2020, arXiv:1904.09751); `min_p` those at least that fraction as likely as the likeliest
-    (Nguyen et al. 2024, arXiv:2407.01082). They are taken in this order, after `temperature`.
-
-    Before all of them, greedy or not: `logit_bias` is added, then the logits of tokens that stand in the prompt or were drawn are divided
-    by `repetition_penalty`, or multiplied where negative (Keskar et al. 2019, arXiv:1909.05858, section 4.1; the sign as in
-    `transformers`).
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0  # 1: none
-    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added); -inf forbids it
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature must be 0 (greedy) or above, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1 (or None for all tokens), got {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1] (or be None), got {self.top_p}")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must lie in [0, 1] (or be None), got {self.min_p}")
-        if not self.repetition_penalty > 0:
-            raise ValueError(f"repetition_penalty must be above 0 (1: none; above 1: fewer repetitions), got {self.repetition_penalty}")
-        if unusable := [(token, bias) for token, bias in self.logit_bias if not bias < float("inf")]:
-            raise ValueError(f"logit_bias must be numbers, or -inf to forbid a token, got {unusable}")
-
-    def __call__(
-        self, logits: Float[Array, "batch vocab"], keys: Key[Array, " batch"], seen: Bool[Array, "batch vocab"] | None = None
-    ) -> Int[Array, " batch"]:
-        """A token for each row, each by its own key. `seen` marks the tokens that `repetition_penalty` is for."""
-        logits = self.adjusted(logits, seen)
-        if self.temperature == 0:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return jax.vmap(jr.categorical)(keys, self.filtered(logits)).astype(jnp.int32)
-
-    def adjusted(self, logits: Float[Array, "batch vocab"], seen: Bool[Array, "batch vocab"] | None) -> Float[Array, "batch vocab"]:
-        """Logits with bias and penalty."""
-        if self.logit_bias:
-            tokens, bias = zip(*self.logit_bias, strict=True)
-            logits = logits.at[:, jnp.asarray(tokens)].add(jnp.asarray(bias, logits.dtype))
-        if self.repetition_penalty != 1 and seen is not None:
-            penalised = jnp.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
-            logits = jnp.where(seen, penalised, logits)
-        return logits
-
-    def filtered(self, logits: Float[Array, "batch vocab"]) -> Float[Array, "batch vocab"]:
-        """Logits of the distribution that is really sampled: scaled, and -inf where cut off."""
-        logits = logits / self.temperature
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
-            kth = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
-            logits = jnp.where(logits < kth, -jnp.inf, logits)
-        if self.top_p is not None and self.top_p < 1:
-            ordered = jnp.sort(logits, axis=-1, descending=True)
-            probabilities = jax.nn.softmax(ordered, axis=-1)
-            before = jnp.cumsum(probabilities, axis=-1) - probabilities  # mass of the tokens more likely than this one
-            least = jnp.min(jnp.where(before < self.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-            logits = jnp.where(logits < least, -jnp.inf, logits)
-        if self.min_p is not None and self.min_p > 0:
-            least = jnp.max(logits, axis=-1, keepdims=True) + jnp.log(self.min_p)
-            logits = jnp.where(logits < least, -jnp.inf, logits)
-        return logits
-
-
-GREEDY = Sampler(temperature=0.0)
-
-
-class Decoding(eqx.Module):
-    """Where a batch stands: what was remembered, what comes next, who has finished."""
-
-    cache: Any
-    logits: Float[Array, "batch vocab"]  # of the token to draw next
-    positions: Int[Array, " batch"]  # that token will have
-    done: Bool[Array, " batch"]
-    keys: Key[Array, " batch"]  # a row's draws depend on its own only
-    drawn: Int[Array, ""]  # tokens drawn so far
-    seen: Bool[Array, "batch vocab"] | None  # tokens of prompt and continuation; None where no penalty asks for them
-
-
-@eqx.filter_jit
-def prefill(
-    model: AbstractLM,
-    tokens: Int[Array, "prompts seq"],
-    lengths: Int[Array, " prompts"],
-    slots: int,
-    keys: Key[Array, " batch"],
-    dtype: Any,
-    penalised: bool = False,
-    ops: Ops = REFERENCE,
-) -> Decoding:
-    """Run the left-padded prompts through the model, once each, and keep their keys and values; with more keys than prompts, copied for
-    the several continuations of each. `penalised`: also keep which tokens stand in them."""
-    model = with_ops(model, ops)
-    batch, seq = tokens.shape
-    positions = jnp.arange(seq)[None] - (seq - lengths)[:, None]
-    facts = Facts(jnp.maximum(positions, 0).astype(jnp.int32), jnp.where(positions < 0, PADDING, 1).astype(jnp.int32))
-    hidden, cache, _ = model.hidden(tokens, facts, model.empty_cache((batch,), slots, dtype))
-    logits = model.logits(hidden[:, -1], ops)
-    seen = None
-    if penalised:  # padding is token 0 in the array, but stands for nothing
-        seen = jnp.zeros(logits.shape, bool).at[jnp.arange(batch)[:, None], tokens].max(positions >= 0)
-
-    def copied(x: Array) -> Array:
-        return jnp.repeat(x, keys.shape[0] // batch, axis=0) if x.ndim else x  # a cache's write index belongs to all rows
-
-    cache, logits, lengths, seen = jax.tree.map(copied, (cache, logits, lengths.astype(jnp.int32), seen))
-    return Decoding(
-        cache=cache,
-        logits=logits,
-        positions=lengths,
-        done=jnp.zeros(len(lengths), bool),
-        keys=keys,
-        drawn=jnp.zeros((), jnp.int32),
-        seen=seen,
-    )
-
-
-@eqx.filter_jit(donate="all-except-first")
-def decode(
-    model: AbstractLM, state: Decoding, stop_ids: Int[Array, " stops"], sampler: Sampler, most: int, ops: Ops = REFERENCE
-) -> tuple[Decoding, Int[Array, "batch most"]]:
-    """Draw up to `most` tokens a row, fewer when every row has met a stop id. Rows that are done, and places never reached, hold -1."""
-    arrays, static = eqx.partition(with_ops(model, ops), eqx.is_array)
-    batch = state.positions.shape[0]
-
-    def unfinished(carry: tuple[Array, Decoding, Array]) -> Array:
-        i, state, _ = carry
-        return (i < most) & ~jnp.all(state.done)
-
-    def draw(carry: tuple[Array, Decoding, Array]) -> tuple[Array, Decoding, Array]:
-        i, state, out = carry
-        # Ties the weights to the counter: else XLA moves their conversion to fp32 out of the loop and reads twice the bytes in each round.
-        weights, i = jax.lax.optimization_barrier((arrays, i))
-        flying = eqx.combine(weights, static)
-        token = sampler(state.logits, jax.vmap(jr.fold_in, (0, None))(state.keys, state.drawn), state.seen)
-        stopped = state.done | jnp.any(token[:, None] == stop_ids, axis=-1)
-        out = jax.lax.dynamic_update_slice(out, jnp.where(stopped, -1, token)[:, None], (0, i))
-        facts = Facts(state.positions[:, None], jnp.ones((batch, 1), jnp.int32))
-        hidden, cache, _ = flying.hidden(token[:, None], facts, state.cache)
-        seen = None if state.seen is None else state.seen.at[jnp.arange(batch), token].set(True)
-        state = Decoding(cache, flying.logits(hidden[:, -1], ops), state.positions + 1, stopped, state.keys, state.drawn + 1, seen)
-        return i + 1, state, out
-
-    carry = (jnp.zeros((), jnp.int32), state, jnp.full((batch, most), -1, jnp.int32))
-    _, state, out = jax.lax.while_loop(unfinished, draw, carry)
-    return state, out
+PROMPT_ROUNDING = 32  # tokens; the shortest length that prompts are padded to
+SLOT_ROUNDING = 128  # tokens; the shortest cache
 
 
 def generate(
@@ -205,9 +48,9 @@ def generate(
     **Raises:** `ValueError` where prompt and new tokens would pass `model.config.context`, where a prompt is empty, or an id is not in the
     vocabulary.
     """
-    ops = _ops(ops)
+    ops = chosen_ops(ops)
     state = _start(model, prompts, max_new_tokens, sampler, key, n, seeds, ops)
-    _, out = decode(model, state, _stops(stop_ids), sampler, max_new_tokens, ops)
+    _, out = decode(model, state, stop_array(stop_ids), sampler, max_new_tokens, ops)
     return [[int(token) for token in row if token >= 0] for row in np.asarray(out)]
 
 
@@ -224,15 +67,10 @@ def stream(
     ops: Ops | None = None,
 ) -> Iterator[int]:
     """The ids `generate` would give for one prompt under that seed, as they are drawn, `chunk` at a time."""
-    ops = _ops(ops)
+    ops = chosen_ops(ops)
     state = _start(model, [prompt], max_new_tokens, sampler, key, 1, [seed], ops)
-    left = max_new_tokens
-    while left > 0:
-        state, out = decode(model, state, _stops(stop_ids), sampler, min(chunk, left), ops)
-        yield from (int(token) for token in np.asarray(out)[0] if token >= 0)
-        left -= chunk
-        if bool(state.done[0]):
-            return
+    for _, tokens in draw(model, state, sampler, max_new_tokens, stop_ids=stop_ids, piece=chunk, ops=ops):
+        yield from tokens
 
 
 def _start(
@@ -271,26 +109,19 @@ def _start(
     if outside:
         raise ValueError(f"logit_bias names tokens outside 0 … {config.vocab - 1}, the model's vocabulary: {outside}")
 
-    width = _round_up(max(lengths), PROMPT_ROUNDING)
+    width = _rounded(max(lengths), PROMPT_ROUNDING)
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[width - len(prompt) :] = prompt
-    slots = _round_up(width + max_new_tokens, SLOT_ROUNDING)
+    slots = _rounded(width + max_new_tokens, SLOT_ROUNDING)
     key = jr.key(0) if key is None else key  # greedy: never looked at
     keys = jax.vmap(jr.fold_in, (None, 0))(key, jnp.asarray(range(rows) if seeds is None else seeds, jnp.uint32))
-    dtype = model.blocks[0].attn.k_proj.weight.dtype
-    return prefill(model, jnp.asarray(tokens), jnp.asarray(lengths), slots, keys, dtype, sampler.repetition_penalty != 1, ops)
+    return prefill(model, jnp.asarray(tokens), jnp.asarray(lengths), slots, keys, cache_dtype(model), sampler.repetition_penalty != 1, ops)
 
 
-def _stops(stop_ids: Sequence[int]) -> Array:
-    return jnp.asarray(list(stop_ids), jnp.int32).reshape(-1)
-
-
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
-def _ops(asked: Ops | None) -> Ops:
-    if asked is not None:
-        return asked
-    return BACKENDS["cpu"] if jax.default_backend() == "cpu" else REFERENCE
+def _rounded(n: int, least: int) -> int:
+    """The first of `least` times 1, 2, 3, 4, 6, 8, 12, 16, … that is not below `n`: two lengths an octave, so few programs serve all."""
+    octave = least
+    while n > 2 * octave:
+        octave *= 2
+    return next(size for size in (octave, octave + octave // 2 if octave > least else octave, 2 * octave) if size >= n)

@@ -116,7 +116,7 @@ class Int8Rows(Quantised):
         wide = weight.astype(jnp.float32)
         scales = jnp.max(jnp.abs(wide), axis=1) / INT8_MOST
         values = jnp.round(wide / jnp.where(scales > 0, scales, 1)[:, None])  # a row of zeros has scale 0
-        return Int8Rows(values.astype(jnp.int8), scales, jnp.dtype(dtype or weight.dtype))
+        return Int8Rows(values=values.astype(jnp.int8), scales=scales, dtype=jnp.dtype(dtype or weight.dtype))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -276,10 +276,10 @@ def _packed(weight: Array, kind: str, group: int, double: bool, dtype: Any) -> Q
         return Int4Groups(_in_bytes(codes), scales.astype(jnp.bfloat16), d_in, dtype)
     scales = jnp.max(jnp.abs(groups), axis=-1)
     kept = DoubleScales.of(scales) if double else scales
-    scales = kept.unpacked(scales.shape) if isinstance(kept, DoubleScales) else kept
+    scales = kept.unpacked((d_out, groups.shape[1])) if isinstance(kept, DoubleScales) else kept
     unit = groups / jnp.where(scales > 0, scales, 1)[..., None]
     codes = jnp.sum(unit[..., None] > (NF4[1:] + NF4[:-1]) / 2, axis=-1)  # how many of the midpoints lie below
-    return NF4Blocks(_in_bytes(codes), kept, group, d_in, dtype)
+    return NF4Blocks(codes=_in_bytes(codes), scales=kept, block=group, d_in=d_in, dtype=dtype)
 
 
 def _int4_codes(groups: Array, scales: Array) -> Array:
@@ -293,7 +293,7 @@ def _int4_scales(groups: Float[Array, "d_out groups size"]) -> Float[Array, "d_o
     candidates = [farthest / INT4_LEAST, jnp.maximum(high / (INT4_LEAST + 15), low / INT4_LEAST)]
     candidates = [scales.astype(jnp.bfloat16).astype(jnp.float32) for scales in candidates]
     errors = [jnp.sum(jnp.square(_int4_codes(groups, scales) * scales[..., None] - groups), axis=-1) for scales in candidates]
-    return jnp.where(errors[0] <= errors[1], *candidates)
+    return jnp.where(errors[0] <= errors[1], candidates[0], candidates[1])
 
 
 def _in_bytes(codes: Array) -> UInt8[Array, "d_out bytes"]:

@@ -21,7 +21,7 @@ What comes out is more, for reasons that are not the formula's:
 
 - On CPUs the compiler does early what waits for nothing, so that threads always find work: it copies the moments, turns inputs over for the
   weight gradients and makes attention's weights for the backward pass while the forward one still runs. The case `compact` is compiled in
-  the order that needs least memory instead, which is what `train.runtime` asks jaxlib 0.12 for anyway.
+  the order that needs least memory instead, which is what `train.process` asks jaxlib 0.12 for anyway.
 - Where blocks run as a loop, remat saves nothing on a CPU with jaxlib 0.10: the compiler drops the barriers that keep what is computed
   again apart from what was computed before, finds the two equal, and keeps the first. As a scan they are two loops, which it cannot merge;
   so `--layers auto` scans. jaxlib 0.12 does it right.
@@ -48,7 +48,7 @@ LOSS_CHUNK = 1024  # tokens unembedded at a time, as `recipes.benchmark_ours` se
 
 # XLA ends a process for a flag it does not know; these releases of jaxlib know this one.
 COMPACT = {"XLA_FLAGS": "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-COMPACT_RELEASES = {"0.10"}  # of jaxlib that do not have it by default (`train.runtime`)
+COMPACT_RELEASES = {"0.10"}  # of jaxlib that do not have it by default (`train.process`)
 
 # What the picture shows; a batch is too small to be seen.
 PURPOSES = ("parameters", "moments", "bf16 weights", "activations", "gradients", "loss or block")

@@ -28,12 +28,14 @@ import lm
 from data.cache import TokenCache
 from data.pipeline import Batch, train_batches
 from lm import kernels
+from lm.decoding import decode, prefill
 from lm.flight import Flight
-from lm.generate import GREEDY, decode, prefill
 from lm.models.llama import LlamaConfig
+from lm.sampling import GREEDY
 from train.checkpoint import Checkpoints
 from train.optimizers import OptimizerConfig, build_optimizer
-from train.runtime import compilation_cache, process_settings
+from train.process import process_settings
+from train.runtime import compilation_cache
 from train.step import StepConfig, TrainState, init_state, make_step
 
 Round = Callable[[], dict[str, Any]]

@@ -50,7 +50,7 @@ class Worker:
 
 
 def users_environment() -> dict[str, str]:
-    """As it was before this process was given its own settings (`train.runtime.prepare`): each worker finds its own."""
+    """As it was before this process was given its own settings (`train.process.prepare`): each worker finds its own."""
     prepared = {"ZMAJ_PREPARED", "GLIBC_TUNABLES", "XLA_FLAGS"} if "ZMAJ_PREPARED" in os.environ else set()
     return {name: value for name, value in os.environ.items() if name not in prepared}
 

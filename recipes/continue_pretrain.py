@@ -41,6 +41,7 @@ from data.rows import Mixture, describe_rows, training_rows
 from data.sources import Source, open_source
 from data.tokenizer import Tokenizer
 from lm.base import AbstractLM, leaves_by_path, role
+from lm.digests import digest
 from lm.hf import abstract
 from recipes.command_line import CONFIG_FILE, claimed, fail, how_to_resume, parse, resumable
 from recipes.corpus import describe_mixture, describe_packing, describe_source, encode, encode_training
@@ -60,8 +61,9 @@ from recipes.running import (
     watched,
 )
 from train.averages import AverageConfig, average_rate
-from train.checkpoint import Checkpoints, digest
+from train.checkpoint import Checkpoints
 from train.debug import debug_nans
+from train.lineage import continued_from
 from train.logs import RunLog, mfu, model_flops_per_token, plain_messages, read_metrics, words_kept, write_json
 from train.loop import interruptible, nats_by_document, steps
 from train.optimizers import OptimizerConfig, ScheduleConfig, build_optimizer, learning_rate
@@ -197,7 +199,7 @@ def run(config: Config, folder: Path) -> None:
     peak = peak_flops(device)
     flops = model_flops_per_token(model.n_active_params, shape.n_layers, shape.d_model, seq)
     manifest: dict[str, Any] = {
-        "continued_from": {"source": config.source.name, "digest": began},
+        "continued_from": continued_from(config.source, began),
         "corpus": texts["new"].record,
         "replay": texts["old"].record if "old" in texts else None,
         "tokenizer": {"digest": tokenizer.digest, "vocab": tokenizer.vocab_size},

@@ -3,7 +3,8 @@
 The source is a folder, a repository of the Hub, a GGUF file, or a run of this project. It is loaded, written to OUT, read back, which must
 give the same logits bit for bit, and then compared with an implementation that shares no code with ours:
 
-- `transformers`, where it is installed: on the source's own files; for a GGUF file, on the folder written.
+- `transformers`, where it is installed (or in the interpreter that `--parity-python` names): on the source's own files; for a GGUF file,
+  on the folder written.
 - llama.cpp, for a GGUF file, where `cyllama` is installed: which token it finds likeliest wherever our choice is clear.
 - Neither: the golden models of the family, tiny ones whose logits `transformers` computed once. They speak for the code, not for these
   weights.
@@ -23,8 +24,6 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import equinox as eqx
-import jax
 import numpy as np
 import tyro
 from loguru import logger
@@ -41,30 +40,23 @@ from recipes.loading import holds_weights, is_gguf, is_run, load
 from train.checkpoint import CheckpointError
 from train.logs import plain_messages, write_json
 from train.parity import (
-    MARGIN,
+    TEXT,
     Choices,
     Comparison,
+    can_compare,
     compare,
     compare_choices,
+    in_words,
     is_installed,
     llama_cpp_choices,
     our_logits,
+    tokens_of,
     transformers_logits,
 )
+from train.publish import in_dtype, special_ids
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "lm" / "golden"  # there in a checkout
 REPORT = "parity.json"
-
-# Prose, code, digits, accents, another script: what tokenizers and models are asked for, in few tokens.
-TEXT = """The capital of France is Paris. In 1905 Einstein was 26 years old; he published four papers that year.
-
-def fibonacci(n: int) -> list[int]:
-    numbers = [0, 1]
-    while len(numbers) < n:
-        numbers.append(numbers[-1] + numbers[-2])
-    return numbers
-
-Žižek a déjà vu 東京 in a naïve café: «3.14159 × 2 = 6.28318», she said. Once upon a time, there was a king who had three daughters."""
 
 
 class Config(RecipeConfig):
@@ -78,6 +70,7 @@ class Config(RecipeConfig):
     revision: str | None = Field(None, description="branch, tag or commit of a repository on the Hub; None: main")
     text: str = Field(TEXT, min_length=1, description="text on which implementations are compared")
     places: int = Field(128, ge=2, description="tokens of it, at most")
+    parity_python: Path | None = Field(None, description="interpreter with torch and transformers to compare with; None: this one")
 
 
 # ------------------------------------------------------------------------------------------- main
@@ -88,11 +81,12 @@ def main(config: Config) -> bool:
     plain_messages()
     if config.out.is_file() or (config.out.is_dir() and any(config.out.iterdir())):
         raise ValueError(f"{config.out} is not an empty folder: choose another, nothing is overwritten")
-    model, tokenizer, origin = bring_in(config)
+    can_compare(config.parity_python)  # an interpreter that cannot is told now
+    model, tokenizer, origin = bring_in(config.source, config.revision)
     logger.info(f"{origin}: {model.config.model_type}, {model.n_params:,} parameters")
     if config.dtype != "keep":
         model = in_dtype(model, config.dtype)
-    tokens = tokens_of(config, model, tokenizer)
+    tokens = tokens_of(tokenizer, model, text=config.text, places=config.places)
 
     save_pretrained(model, config.out, extra_config=special_ids(tokenizer))
     if tokenizer is None:
@@ -120,39 +114,13 @@ def main(config: Config) -> bool:
     return equal and all(each.passed for each in compared)
 
 
-def bring_in(config: Config) -> tuple[AbstractLM, Tokenizer | None, str]:
+def bring_in(source: str, revision: str | None) -> tuple[AbstractLM, Tokenizer | None, str]:
     """As `recipes.loading.load`, and a folder without a `tokenizer.json` is a model all the same."""
-    if not is_gguf(config.source) and not is_run(config.source):
-        folder = folder_of(config.source, config.revision)
+    if not is_gguf(source) and not is_run(source):
+        folder = folder_of(source, revision)
         if holds_weights(folder) and not (folder / "tokenizer.json").is_file():
-            return load_pretrained(folder), None, config.source
-    return load(config.source, revision=config.revision)
-
-
-def in_dtype(model: AbstractLM, dtype: str) -> AbstractLM:
-    """Every array of numbers, norms too."""
-    return jax.tree.map(lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf, model)
-
-
-def tokens_of(config: Config, model: AbstractLM, tokenizer: Tokenizer | None) -> np.ndarray:
-    """The text's ids, or random ones where there is no tokenizer to ask."""
-    most = min(config.places, model.config.context)
-    if tokenizer is None:
-        return np.random.default_rng(0).integers(0, model.config.vocab, most).astype(np.int32)
-    tokens = tokenizer.encode(config.text)[:most]
-    if len(tokens) < 2 or tokens.max() >= model.config.vocab:
-        raise ValueError(
-            f"the tokenizer of {config.source} gives {len(tokens)} ids up to {tokens.max(initial=-1)} for the text; expected at least 2, "
-            f"below the model's vocabulary of {model.config.vocab}: is it this model's?"
-        )
-    return tokens
-
-
-def special_ids(tokenizer: Tokenizer | None) -> dict[str, int]:
-    if tokenizer is None:
-        return {}
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    return {name: value for name, value in ids.items() if value is not None}
+            return load_pretrained(folder), None, source
+    return load(source, revision=revision)
 
 
 # ------------------------------------------------------------------------------------------- who else computes
@@ -163,10 +131,10 @@ def compared_with(config: Config, model: AbstractLM, tokens: np.ndarray, ours: n
     compared: list[Comparison | Choices] = []
     if is_gguf(config.source) and is_installed("cyllama"):
         compared.append(compare_choices(*llama_cpp_choices(Path(config.source), tokens), ours))
-    if is_installed("transformers", "torch"):
+    if can_compare(config.parity_python):
         rewritten = is_gguf(config.source) or is_run(config.source) or config.dtype != "keep"
         theirs = config.out if rewritten else folder_of(config.source, config.revision)
-        name, logits = transformers_logits(theirs, tokens)
+        name, logits = transformers_logits(theirs, tokens, config.parity_python)
         on = f"{name}, on {'the folder written' if theirs == config.out else 'the source'}"
         compared.append(compare(on, logits, ours))
     if compared:
@@ -208,20 +176,6 @@ def show(report: dict[str, Any], compared: list[Comparison | Choices], path: Pat
     lines = [in_words(each) for each in compared]
     for line in (f"{report['model_type']}, {report['parameters']:,} parameters", *lines, report["words"], f"written {path}"):
         Console().print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def in_words(found: Comparison | Choices) -> str:
-    verdict = "passed" if found.passed else "FAILED"
-    if isinstance(found, Choices):
-        return (
-            f"{found.reference}: {found.places} places, the likeliest token is the same at {found.agreement:.1%} of them, and at "
-            f"{found.clear_agreement:.1%} of the {found.clear} where ours leads by more than {MARGIN:g} logit: {verdict}"
-        )
-    return (
-        f"{found.reference}: {found.places} places, logits up to {found.largest_logit:.1f} differ by at most {found.max_difference:.1e} "
-        f"(limit {found.limit:.1e}), {found.mean_difference:.1e} in the mean; the likeliest token is the same at "
-        f"{found.top1_agreement:.1%}, of the five likeliest {found.top5_agreement:.1%}; KL {found.kl:.1e} nats: {verdict}"
-    )
 
 
 if __name__ == "__main__":

@@ -27,9 +27,10 @@ from recipes import pretrain_1b, pretrain_124m, pretrain_small
 from recipes.command_line import RecipeConfig, fail, parse
 from recipes.pretrain_small import Experiment, beginning, flight_of
 from recipes.running import ENDS_IN_WORDS
+from train.gpus import CARDS, check_gpu_compiler, gpu_memory_share
 from train.logs import model_flops_per_token
 from train.plan import Memory, abstract_batch, compile_for
-from train.runtime import CARDS, check_gpu_compiler, choose_device, device_facts, gpu_memory_share, published_peak
+from train.runtime import choose_device, device_facts, published_peak
 from train.step import make_token_nats
 
 RECIPES: dict[str, tuple[ModuleType, str]] = {  # and the preset where none has the name of the target

@@ -98,7 +98,7 @@ def n_bytes(model: AbstractLM) -> int:
 
 
 def equal(one: AbstractLM, other: AbstractLM) -> bool:
-    same = jax.tree.structure(one) == jax.tree.structure(other)
+    same = bool(jax.tree.structure(one) == jax.tree.structure(other))  # type: ignore[operator]
     return same and all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
 
 

@@ -20,9 +20,9 @@ from data.sources import Source
 from data.tasks.python_syntax import complete_statements, parses
 from data.tokenizer import Tokenizer
 from lm.generate import Sampler
+from train.card import YARDSTICKS
 from train.logs import plot_curves, progress, write_json
 from train.loop import bits_per_byte, nats_by_document
-from train.publish import YARDSTICKS
 from train.runtime import cache_root
 
 # ------------------------------------------------------------------------------------------- samples
@@ -40,8 +40,7 @@ def heads(source: Source, tokenizer: Tokenizer, *, seq: int, most: int = 256) ->
         text = source.held_out[i]["text"]
         end = text.find("\n", min(HEAD_CHARACTERS, len(text)))
         tokens = tokenizer.encode(text[: end + 1] if end >= 0 else text)
-        opening = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id  # as in `TokenCache`
-        found.append(np.concatenate([[opening], tokens])[: seq // 2].astype(np.int32))
+        found.append(np.concatenate([[tokenizer.opening_id], tokens])[: seq // 2].astype(np.int32))
     return found
 
 

@@ -27,8 +27,9 @@ from train.checkpoint import CheckpointError, Checkpoints
 from train.debug import NonFinite
 from train.logs import write_json
 from train.loop import SpikeError
+from train.process import process_settings
 from train.profile import profiled
-from train.runtime import DeviceError, Peak, device_facts, process_settings
+from train.runtime import DeviceError, Peak, device_facts
 from train.step import TrainState
 from train.trackers import Trackers, check_trackers, open_trackers
 
@@ -195,7 +196,8 @@ def begin_session(recipe: str, folder: Path, config: Any, start: int, session: d
             logger.warning(f"not the same {name} as before, so not bit for bit the same run: {'; '.join(changed)}")
     save_config(config, folder)
     command = ["python", "-m", f"recipes.{recipe}", *sys.argv[1:]]
-    return [*earlier, {"start_step": start, "command": command, "commit": commit(), **session}]
+    settings = config.model_dump(mode="json", exclude=set(RunConfig.model_fields))  # what is trained; how it is carried out is in `session`
+    return [*earlier, {"start_step": start, "command": command, "commit": commit(), "settings": settings, **session}]
 
 
 def commit() -> str | None:

@@ -40,6 +40,7 @@ from data.rows import describe_rows, training_rows
 from data.sources import open_source
 from data.tasks import instructions
 from lm.base import AbstractLM, leaves_by_path, role
+from lm.digests import digest
 from recipes.command_line import claimed, fail, how_to_resume, parse, resumable
 from recipes.continue_pretrain import look, prepared
 from recipes.corpus import describe_mixture, describe_packing, describe_source, encode
@@ -72,8 +73,9 @@ from recipes.running import (
 )
 from train.adapters import AdapterConfig, adapted, trained_part
 from train.averages import AverageConfig, average_rate
-from train.checkpoint import Checkpoints, digest
+from train.checkpoint import Checkpoints
 from train.debug import debug_nans
+from train.lineage import continued_from
 from train.logs import RunLog, mfu, model_flops_per_token, plain_messages, plot_curves, read_metrics, words_kept, write_json
 from train.loop import interruptible, steps
 from train.optimizers import OptimizerConfig, ScheduleConfig, build_optimizer, learning_rate
@@ -258,7 +260,7 @@ def run(config: Experiment, folder: Path, recipe: str) -> None:
     describe_mixture(mixture)
     conversations = {"train": counts_of(train_tokens), "held_out": counts_of(held_out)}
     manifest: dict[str, Any] = {
-        "continued_from": {"source": config.source.name, "digest": began},
+        "continued_from": continued_from(config.source, began),
         "corpus": source.record,
         "conversations": conversations,
         "chat": {"stop_ids": list(form.stop_ids), "turns": config.turns, "overlong": config.overlong, "template": tokenizer.chat_templates},

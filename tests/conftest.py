@@ -1,17 +1,36 @@
 """What all tests share."""
 
 import os
+import sys
+import tempfile
+from pathlib import Path
+
+from quick_xla import FLAGS
 
 # Before JAX starts: no accelerator, so that tests mean the same everywhere.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+# Where bytecode is not to lie beside the sources, it lies elsewhere: else each process that tests start compiles some 2,000 modules anew.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
+    bytecode = str(Path(tempfile.gettempdir()) / f"zmaj-tests-bytecode-{os.getuid()}")
+    sys.pycache_prefix = os.environ.setdefault("PYTHONPYCACHEPREFIX", bytecode)
+    sys.dont_write_bytecode = False
 
-def start_jax(flag: str) -> None:
-    """Start JAX with one more XLA flag (the user's own word on it wins) and put the environment back: XLA reads it once, and the processes
+# What recipes compile in processes of their own is compiled once for all of them, on every worker of this run (`integration.recipe_runs`).
+if "ZMAJ_TESTS_COMPILED" not in os.environ:
+    compiled = tempfile.TemporaryDirectory(prefix="zmaj-tests-compiled-")  # gone with this process
+    os.environ["ZMAJ_TESTS_COMPILED"] = compiled.name
+
+# The peak of a CPU is measured at the start of each run, with all cores for 2.5 seconds.
+os.environ.setdefault("ZMAJ_PEAK_FLOPS", "1e11")
+
+
+def start_jax(*flags: str) -> None:
+    """Start JAX with more XLA flags (the user's own word on one wins) and put the environment back: XLA reads it once, and the processes
     that tests start are to run as they would for a user."""
     users = os.environ.get("XLA_FLAGS")
-    if flag.split("=")[0] not in (users or ""):
-        os.environ["XLA_FLAGS"] = f"{users or ''} {flag}".strip()
+    ours = [flag for flag in flags if flag.split("=")[0] not in (users or "")]
+    os.environ["XLA_FLAGS"] = " ".join([*(users or "").split(), *ours])
     try:
         import jax
 
@@ -23,11 +42,22 @@ def start_jax(flag: str) -> None:
             os.environ["XLA_FLAGS"] = users
 
 
-# Tests compile a hundred programs and run each once on tiny arrays: LLVM's optimizer would take longer than everything else together.
-start_jax("--xla_backend_optimization_level=0")
+start_jax(*FLAGS)
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
 from tiny import tiny  # noqa: E402
+
+# A recipe run in this process would have every later test write its programs to disk.
+jax.config.update("jax_enable_compilation_cache", False)
+
+
+LAST = ("lm", "train", "recipes", "data")  # folders of short files, the shortest at the end
+
+
+def pytest_collection_modifyitems(items):
+    """Whole stages first: a worker takes the next file when it is through with one, and none should begin with a long one at the end."""
+    items.sort(key=lambda item: LAST.index(item.path.parent.name) if item.path.parent.name in LAST else -1)
 
 
 @pytest.fixture(params=["gpt2", "llama", "qwen3"])

@@ -2,7 +2,8 @@
 
 import pytest
 
-from train.runtime import DeviceError, check_gpu_compiler
+from train.gpus import check_gpu_compiler
+from train.runtime import DeviceError
 
 
 def skip_without_compiler(target: str) -> None:

@@ -2,8 +2,12 @@
 
 import re
 
-from integration.recipe_runs import run
+from integration.recipe_runs import SMALL, run
 from pages import ROOT, blocks, missing_links, unknown_flags
+
+from data.sources import open_source
+from recipes.corpus import fewer_held_out
+from train.logs import write_json
 
 README = (ROOT / "README.md").read_text()
 SHELL = blocks(README, "sh")
@@ -20,12 +24,17 @@ def test_the_ipython_session_runs(tmp_path, monkeypatch):
 
 
 def test_command_1_trains_on_the_default_corpus(tmp_path):
-    """As written, but on this interpreter and for twenty steps of the smallest preset."""
+    """As written, but on this interpreter, for three steps of a smaller model, and with the figures of xz at hand."""
     command = SHELL[0].strip().split("uv run python -m recipes.")[1]
     assert command == "pretrain_small"
-    status, output = run(["--steps", 20, "--preset", "1m", "--run-dir", tmp_path / "run", "--report-samples", 4], tmp_path / "cache")
+    corpus = fewer_held_out(open_source("stdlib"), 8)
+    write_json(tmp_path / "cache" / "xz" / f"{corpus.record['sha256']}.json", {"xz": 2.0, "xz_primed": 1.5})
+    shorter = ["--steps", 3, "--held-out-documents", 8, "--tokenizer-documents", 40]
+    status, output = run([*SMALL, *shorter, "--run-dir", tmp_path / "run"], tmp_path / "cache")
     assert status == 0, output
+    assert "corpus stdlib" in output
     assert "bits per byte" in output
+    assert "compressing" not in output
     assert (tmp_path / "run" / "export" / "model.safetensors").is_file()
 
 

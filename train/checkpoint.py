@@ -2,8 +2,8 @@
 
 `Checkpoints` saves named trees of arrays (`model`, `optimizer`, ...) and a `record` (JSON) for a step, in the
 background, and brings the newest sound one back. Orbax writes and reads the arrays; it keeps no checksum, so a flipped
-byte would come back as a wrong weight. Beside each step therefore stands a `seal`: a digest of every leaf and of the
-record. What does not agree with its seal is *damaged*: it is reported, skipped, and set aside before the next save,
+byte would come back as a wrong weight. Beside each step therefore stands a `seal` (`train.seals`): a digest of every leaf
+and of the record. What does not agree with its seal is *damaged*: it is reported, skipped, and set aside before the next save,
 never deleted and never used.
 
     with Checkpoints("runs/a") as checkpoints:
@@ -23,30 +23,20 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 from loguru import logger
 
-from lm.digests import digest, digest_of, layout, leaf_digests
+from lm.digests import digest_of, has_no_elements, leaf_digests
+from train.seals import FORMAT, RECORD, SEAL, CheckpointError, Damage, check_target, first_line, newest_sound, read_sealed, steps_in
 
-__all__ = ["CheckpointError", "Checkpoints", "Restored", "digest", "leaf_digests", "read_record"]
-
-FORMAT = 1  # of the seal; raised when an older reader would be misled
-
-_RECORD, _SEAL = "record", "seal"
 _TMP = ".orbax-checkpoint-tmp"  # how Orbax ends the name of a step that is not yet whole
 _policies = ocp.checkpoint_managers.preservation_policy
-_Value = TypeVar("_Value")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or none could be read; the message says which and what to do."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +90,10 @@ class Checkpoints:
         - `record`: anything JSON can say. It is stored with `digests`, one per item, added.
         - `metric`: what `keep_best` compares, smaller is better; a NaN is worse than any number."""
         self.wait()
-        if reserved := {_RECORD, _SEAL, "metrics"} & items.keys():
+        if reserved := {RECORD, SEAL, "metrics"} & items.keys():
             raise ValueError(f"items may not be called {sorted(reserved)}: choose other names.")
         leaves = {name: leaf_digests(tree) for name, tree in items.items()}
-        if hollow := [f"{name}/{path}" for name in items for path, value in leaves[name].items() if _is_empty(value)]:
+        if hollow := [f"{name}/{path}" for name in items for path, value in leaves[name].items() if has_no_elements(value)]:
             raise ValueError(f"Orbax cannot save arrays without elements: leave out {hollow[:5]}.")
         digests = {name: digest_of(listed) for name, listed in leaves.items()}
         if "digests" in record:
@@ -116,7 +106,7 @@ class Checkpoints:
             return
         self._make_room(step)
         arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items() if leaves[name]}
-        args = ocp.args.Composite(**arrays, **{_RECORD: ocp.args.JsonSave(record), _SEAL: ocp.args.JsonSave(seal)})
+        args = ocp.args.Composite(**arrays, **{RECORD: ocp.args.JsonSave(record), SEAL: ocp.args.JsonSave(seal)})
         metrics = None if metric is None else {"metric": float(metric)}
         # force: Orbax would decide by itself whether a save is due, and say nothing.
         self._writing = step
@@ -141,11 +131,11 @@ class Checkpoints:
             wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
             raise FileNotFoundError(f"{wanted} in {self.folder}; steps there: {steps or 'none'}.")
         tries = steps if step is None else [step]
-        return _newest_sound(self.folder, tries, lambda s: self._restore_step(s, items), self._damaged)
+        return newest_sound(self.folder, tries, lambda s: self._restore_step(s, items), self._damaged)
 
     def steps(self) -> list[int]:
         """The steps that are whole on disk, oldest first; damage shows only when they are read."""
-        return _steps_in(self.folder)
+        return steps_in(self.folder)
 
     def best_step(self) -> int | None:
         """The step with the smallest metric among those kept; `None` when none has one."""
@@ -174,11 +164,11 @@ class Checkpoints:
     # ------------------------------------------------------------------------------------------------------------- helpers
 
     def _restore_step(self, step: int, items: dict[str, PyTree]) -> Restored:
-        record, leaves = _read_sealed(self.folder / str(step))
+        record, leaves = read_sealed(self.folder / str(step))
         if absent := sorted(items.keys() - leaves.keys()):
             raise ValueError(f"step {step} in {self.folder} has the items {sorted(leaves)}, not {absent}: ask for those.")
         for name, target in items.items():
-            _check_target(f"item {name!r} of step {step} in {self.folder}", target, leaves[name])
+            check_target(f"item {name!r} of step {step} in {self.folder}", target, leaves[name])
         targets = {name: jax.tree.map(_target, tree) for name, tree in items.items() if leaves[name]}
         try:
             args = ocp.args.Composite(**{name: ocp.args.StandardRestore(tree) for name, tree in targets.items()})
@@ -186,19 +176,19 @@ class Checkpoints:
         except Exception as error:  # Orbax raises bare Exceptions, and many others, on a damaged file
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                 raise
-            raise _Damage(f"{type(error).__name__}: {_first_line(error)}") from error
+            raise Damage(f"{type(error).__name__}: {first_line(error)}") from error
         for name, tree in trees.items():
             found = leaf_digests(tree)
             wrong = [path for path, value in leaves[name].items() if found.get(path) != value]
             if wrong:
                 shown = ", ".join(wrong[:5]) + (", ..." if len(wrong) > 5 else "")
-                raise _Damage(f"{len(wrong)} of the {len(found)} leaves of {name!r} are not what was saved: {shown}")
+                raise Damage(f"{len(wrong)} of the {len(found)} leaves of {name!r} are not what was saved: {shown}")
         return Restored(step, {name: trees.get(name, items[name]) for name in items}, record)
 
     def _digests_at(self, step: int) -> dict[str, str] | None:
         try:
-            return _read_sealed(self.folder / str(step))[0]["digests"]
-        except _Damage:
+            return read_sealed(self.folder / str(step))[0]["digests"]
+        except Damage:
             return None
 
     def _make_room(self, step: int) -> None:
@@ -229,7 +219,7 @@ class Checkpoints:
             self._manager.reload()  # Orbax has already forgotten the steps it would have deleted after this save
             full = "the disk is full: " if "No space left" in str(error) else ""
             raise CheckpointError(
-                f"the checkpoint of step {self._writing} could not be written to {self.folder}: {full}{_first_line(error)} "
+                f"the checkpoint of step {self._writing} could not be written to {self.folder}: {full}{first_line(error)} "
                 f"Mend that and resume; steps still whole there: {self.steps() or 'none'}."
             ) from error
 
@@ -238,89 +228,15 @@ def read_record(folder: str | os.PathLike[str], step: int | None = None) -> dict
     """The record of a step, verified, without touching its arrays. Without `step`, of the newest step whose record is
     sound; damage is reported."""
     folder = Path(folder).absolute()
-    steps = _steps_in(folder)
+    steps = steps_in(folder)
     if not steps or (step is not None and step not in steps):
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         raise FileNotFoundError(f"{wanted} in {folder}; steps there: {steps or 'none'}.")
     tries = steps if step is None else [step]
-    return _newest_sound(folder, tries, lambda s: _read_sealed(folder / str(s))[0], {})
+    return newest_sound(folder, tries, lambda s: read_sealed(folder / str(s))[0], {})
 
 
-# ------------------------------------------------------------------------------------------------------------------ small pieces of a seal
-
-
-def _is_empty(leaf_digest: str) -> bool:
-    return "0" in leaf_digest.partition("[")[2].partition("]")[0].split(",")
-
-
-def _path(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-# ---------------------------------------------------------------------------------------------------------- reading a folder
-
-
-class _Damage(Exception):
-    """A step is not what was saved; the message says in what."""
-
-
-def _newest_sound(folder: Path, steps: list[int], read: Callable[[int], _Value], damaged: dict[int, str]) -> _Value:
-    """Read the newest step that can be read; write down in `damaged` those that cannot, and why."""
-    for step in reversed(steps):
-        trouble = None
-        try:
-            value = read(step)
-        except _Damage as error:
-            trouble = str(error)
-        if _everywhere(trouble is None):
-            return value
-        damaged[step] = trouble or "another process finds it so"
-        logger.error("checkpoint of step {} in {} is damaged: {}", step, folder, damaged[step])
-        if step != steps[0]:
-            logger.error("falling back to the step before it")
-    tried = "; ".join(f"step {step}: {damaged[step]}" for step in reversed(steps))
-    others = [step for step in _steps_in(folder) if step not in steps]
-    raise CheckpointError(f"no sound checkpoint in {folder}. Tried {tried}. Not tried: {others or 'none'}.")
-
-
-def _read_sealed(folder: Path) -> tuple[dict[str, Any], dict[str, dict[str, str]]]:
-    """A step's record and its leaves' digests, each checked by the other."""
-    read = {}
-    for name in (_RECORD, _SEAL):
-        try:
-            read[name] = json.loads((folder / name / "metadata").read_text(encoding="utf-8"))  # as Orbax's JSON handler names it
-        except (OSError, ValueError) as error:
-            raise _Damage(f"its {name} cannot be read ({_first_line(error)})") from error
-    record, seal = read[_RECORD], read[_SEAL]
-    if isinstance(seal, dict) and seal.get("format", FORMAT) != FORMAT:
-        raise _Damage(f"its seal has format {seal['format']}, this version reads {FORMAT}")
-    try:
-        digests = {name: digest_of(listed) for name, listed in seal["leaves"].items()}
-        sound = seal["record"] == digest_of(record) and record["digests"] == digests
-    except (KeyError, TypeError, AttributeError):
-        sound = False
-    if not sound:
-        raise _Damage("its record and its seal do not agree")
-    return record, seal["leaves"]
-
-
-def _check_target(what: str, target: PyTree, saved: dict[str, str]) -> None:
-    """That the caller's tree is the saved one; that it is not is the caller's mistake, and no damage."""
-    given = {_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(target)}
-    if strange := [path for path, leaf in given.items() if not hasattr(leaf, "dtype")]:
-        raise ValueError(f"{what}: the tree to restore into may hold only arrays and ShapeDtypeStructs, but {strange[:5]} are neither.")
-    asked = {path: layout(leaf) for path, leaf in given.items()}
-    held = {path: value.rpartition(" ")[0] for path, value in saved.items()}
-    wrong = [f"{path} is {held[path]}, not {asked[path]}" for path in asked.keys() & held.keys() if asked[path] != held[path]]
-    wrong += [f"{path} was not saved" for path in asked.keys() - held.keys()]
-    wrong += [f"{path} ({held[path]}) was saved but is not asked for" for path in held.keys() - asked.keys()]
-    if wrong:
-        shown = "; ".join(sorted(wrong)[:10]) + (f"; and {len(wrong) - 10} more" if len(wrong) > 10 else "")
-        raise ValueError(f"{what} is not the tree asked for: {shown}. Build the tree from the config in the record.")
-    wide = [path for path, leaf in given.items() if not isinstance(leaf, np.ndarray) and leaf.dtype.itemsize == 8]
-    wide = [path for path in wide if not jnp.issubdtype(given[path].dtype, jax.dtypes.prng_key)]
-    if wide and not jax.config.read("jax_enable_x64"):
-        raise ValueError(f"{what}: {wide[:5]} are of 64 bits, which jax does not hold: ask for numpy arrays there.")
+# -------------------------------------------------------------------------------------------------------------------- small
 
 
 def _target(leaf: Any) -> Any:
@@ -331,10 +247,6 @@ def _target(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
 
-def _steps_in(folder: Path) -> list[int]:
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
-
-
 def _numbered(path: Path) -> Iterable[Path]:
     """path, path-2, path-3, ..."""
     yield path
@@ -342,9 +254,6 @@ def _numbered(path: Path) -> Iterable[Path]:
     while True:
         yield path.with_name(f"{path.name}-{n}")
         n += 1
-
-
-# -------------------------------------------------------------------------------------------------------------------- small
 
 
 def _rank(metrics: dict[str, float]) -> float:
@@ -359,21 +268,9 @@ def _as_json(record: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"the record must be something JSON can say: {error}.") from error
 
 
-def _first_line(error: Exception) -> str:
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return line if len(line) < 300 else line[:300] + "..."
-
-
 def _together(name: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
-
-
-def _everywhere(fine: bool) -> bool:
-    """Whether all processes say so: they must fall back to the same step."""
-    if jax.process_count() == 1:
-        return fine
-    return bool(np.all(multihost_utils.process_allgather(np.array(fine))))
 
 
 def _quiet_orbax() -> None:

@@ -1,14 +1,22 @@
 """How far a measured score may be from the true one: 95 % confidence intervals, each named by its method.
 
 - `wilson`: a share of items that were right. Never leaves [0, 1], and is honest at 0 and 1 (Wilson 1927; Agresti and Coull 1998).
+- `mean_of_groups`: the mean of several shares, each of its own items, by the normal law with the variance of each group (stratified).
+- `bootstrap_ratio`: Σ a / Σ b over documents (nats over bytes), by drawing as many documents again and again (Efron 1979, percentiles).
 
 They tell what other items of the same kind would have given, and nothing about other prompts, seeds or tasks.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 Z = 1.959963984540054  # of the normal law, 95 % two-sided
+RESAMPLES = 2000
+AT_ONCE = 100  # of them, in memory
 
 
 class Estimate(NamedTuple):
@@ -33,3 +41,31 @@ def wilson(right: int, n: int) -> Estimate:
     centre, spread = share + Z**2 / (2 * n), Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
     scale = 1 + Z**2 / n
     return Estimate(share, max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale), n, "Wilson")
+
+
+def mean_of_groups(right: Sequence[int], n: Sequence[int]) -> Estimate:
+    """The mean of the groups' shares, every group counting the same. Its standard error is √(Σ pᵢ(1 - pᵢ)/nᵢ) / groups."""
+    if not len(right) == len(n) > 0 or min(n) < 1:
+        raise ValueError(f"expected as many counts as groups, each of at least one item; got {list(right)} of {list(n)}")
+    shares = [r / size for r, size in zip(right, n, strict=True)]
+    value = sum(shares) / len(shares)
+    error = math.sqrt(sum(p * (1 - p) / size for p, size in zip(shares, n, strict=True))) / len(shares)
+    return Estimate(value, max(0.0, value - Z * error), min(1.0, value + Z * error), sum(n), "normal, stratified by group")
+
+
+def bootstrap_ratio(tops: npt.ArrayLike, bottoms: npt.ArrayLike, *, seed: int) -> Estimate:
+    """Σ tops / Σ bottoms, one of each a document."""
+    top, bottom = np.asarray(tops, np.float64), np.asarray(bottoms, np.float64)
+    if len(top) != len(bottom) or not bottom.sum() > 0:
+        raise ValueError(f"expected as many tops as bottoms, the latter not all 0; got {len(top)} and {len(bottom)}")
+    value = float(top.sum() / bottom.sum())
+    if len(top) == 1:
+        return Estimate(value, None, None, 1, "none: one document")
+    rng = np.random.default_rng(seed)
+    ratios = []
+    for _ in range(RESAMPLES // AT_ONCE):
+        drawn = rng.integers(0, len(top), (AT_ONCE, len(top)))
+        below = bottom[drawn].sum(axis=1)
+        ratios.append(top[drawn].sum(axis=1)[below > 0] / below[below > 0])
+    low, high = np.percentile(np.concatenate(ratios), [2.5, 97.5])
+    return Estimate(value, float(low), float(high), len(top), f"bootstrap over documents, {RESAMPLES} draws")

@@ -125,6 +125,11 @@ class RunLog:
         """Say something, on the console and in `run.log`. (So does loguru's `logger`, from anywhere.)"""
         logger.opt(depth=1).info("{}", text)
 
+    def show(self, what: Any) -> None:
+        """Put something that `rich` can draw on a terminal, above the bar. Elsewhere nothing is shown."""
+        if self._live:
+            self._console.print(what)
+
     # ------------------------------------------------------------------------------------------------------------- console
 
     def _show(self, step: int) -> None:

@@ -24,7 +24,7 @@ class SpikeError(RuntimeError):
 def steps(
     step: Step,
     state: TrainState,
-    batches: Iterable[Batch],
+    batches: Iterable[Any],
     learning_rate: Callable[[int], float],
     *,
     start: int,

@@ -2,7 +2,7 @@
 
 Logits of all tokens at once, `[batch, seq, vocab]`, would be the largest array of the run. They are made here for `chunk` tokens at a time
 and thrown away: `next_token` takes the gradient with respect to them while they are there, `token_log_probs` makes them again in its
-backward pass.
+backward pass. `token_scores` is for evaluation alone.
 """
 
 from functools import partial
@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from lm.generate import Sampler
 from lm.kernels import Ops, soft_cap
 from lm.quant import Quantised, unpacked
 
@@ -70,18 +71,49 @@ def token_log_probs(
     dtype: Any = jnp.float32,
     softcap: float | None = None,
     chunk: int = CHUNK,
+    sampler: Sampler | None = None,
 ) -> Float[Array, "*batch seq"]:
-    """log p(target) of every token, differentiable; the logits are made again in the backward pass instead of being kept."""
+    """log p(target) of every token, differentiable; the logits are made again in the backward pass instead of being kept.
+
+    `sampler`: p is the distribution it draws from, with its temperature and what it cuts off, instead of the model's own. A target that was
+    inside when it was drawn and is outside now is added to what is kept.
+    """
     flat_hidden, flat_targets, _ = _flat(hidden, targets, jnp.ones(targets.shape), chunk)
     weight = unpacked(unembedding).astype(dtype)
 
     @jax.checkpoint
     def of_chunk(h: Array, target: Array) -> Array:
         logits = _capped(ops.linear(h.astype(dtype), weight, jnp.float32), softcap)
+        if sampler is not None:
+            scaled = sampler.adjusted(logits, None)
+            hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == target[:, None]
+            logits = jnp.where(hit, scaled / sampler.temperature, sampler.filtered(scaled))
         return _target_logit(logits, target) - jax.nn.logsumexp(logits, axis=-1)
 
     log_probs = jax.lax.map(lambda pair: of_chunk(*pair), (flat_hidden, flat_targets))
     return log_probs.reshape(-1)[: targets.size].reshape(targets.shape)
+
+
+def token_scores(
+    hidden: Float[Array, "*batch seq d_model"],
+    unembedding: Float[Array, "vocab d_model"] | Quantised,
+    targets: Int[Array, "*batch seq"],
+    *,
+    ops: Ops,
+    dtype: Any = jnp.float32,
+    softcap: float | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Float[Array, "*batch seq"], Bool[Array, "*batch seq"]]:
+    """log p(target) of every token, as `token_log_probs`, and whether the target is the likeliest token. Nothing to differentiate."""
+    flat_hidden, flat_targets, _ = _flat(hidden, targets, jnp.ones(targets.shape), chunk)
+    weight = unpacked(unembedding).astype(dtype)
+
+    def of_chunk(h: Array, target: Array) -> tuple[Array, Array]:
+        logits = _capped(ops.linear(h.astype(dtype), weight, jnp.float32), softcap)
+        return _target_logit(logits, target) - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == target
+
+    log_probs, likeliest = jax.lax.map(lambda pair: of_chunk(*pair), (flat_hidden, flat_targets))
+    return tuple(x.reshape(-1)[: targets.size].reshape(targets.shape) for x in (log_probs, likeliest))
 
 
 def _flat(hidden: Array, targets: Array, weights: Array, chunk: int) -> tuple[Array, Array, Array]:

@@ -6,11 +6,14 @@ verdict, and nobody may write one.
 """
 
 import importlib.util
+import os
+import subprocess
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +23,17 @@ from jaxtyping import Float, Int
 from lm.base import AbstractLM
 
 LIMIT = 1e-4  # of logits of order 10 in fp32: what sums in another order come to through some dozen layers
+# Prose, code, digits, accents, another script: what tokenizers and models are asked for, in few tokens.
+TEXT = """The capital of France is Paris. In 1905 Einstein was 26 years old; he published four papers that year.
+
+def fibonacci(n: int) -> list[int]:
+    numbers = [0, 1]
+    while len(numbers) < n:
+        numbers.append(numbers[-1] + numbers[-2])
+    return numbers
+
+Žižek a déjà vu 東京 in a naïve café: «3.14159 × 2 = 6.28318», she said. Once upon a time, there was a king who had three daughters."""
+
 MARGIN = 1.0  # logits between our likeliest token and the next, from which on an engine that rounds otherwise must choose it too
 
 
@@ -106,6 +120,21 @@ def compare_choices(reference: str, choices: Sequence[int], ours: Float[np.ndarr
     )
 
 
+def in_words(found: Comparison | Choices) -> str:
+    """A line for people, with the verdict."""
+    verdict = "passed" if found.passed else "FAILED"
+    if isinstance(found, Choices):
+        return (
+            f"{found.reference}: {found.places} places, the likeliest token is the same at {found.agreement:.1%} of them, and at "
+            f"{found.clear_agreement:.1%} of the {found.clear} where ours leads by more than {MARGIN:g} logit: {verdict}"
+        )
+    return (
+        f"{found.reference}: {found.places} places, logits up to {found.largest_logit:.1f} differ by at most {found.max_difference:.1e} "
+        f"(limit {found.limit:.1e}), {found.mean_difference:.1e} in the mean; the likeliest token is the same at "
+        f"{found.top1_agreement:.1%}, of the five likeliest {found.top5_agreement:.1%}; KL {found.kl:.1e} nats: {verdict}"
+    )
+
+
 # ------------------------------------------------------------------------------------------- who computes
 
 
@@ -115,20 +144,82 @@ def our_logits(model: AbstractLM, tokens: Int[np.ndarray, " places"]) -> Float[n
         return np.asarray(jax.jit(lambda model, tokens: model(tokens))(model, jnp.asarray(tokens)), np.float32)
 
 
+class Encoder(Protocol):
+    """What the choice of tokens needs of a tokenizer."""
+
+    def encode(self, text: str) -> np.ndarray: ...
+
+
+def tokens_of(tokenizer: Encoder | None, model: AbstractLM, *, text: str = TEXT, places: int) -> Int[np.ndarray, " places"]:
+    """The text's ids, `places` at most, or random ones where there is no tokenizer to ask.
+
+    **Raises:** `ValueError` for a tokenizer that is not this model's.
+    """
+    most = min(places, model.config.context)
+    if tokenizer is None:
+        return np.random.default_rng(0).integers(0, model.config.vocab, most).astype(np.int32)
+    tokens = tokenizer.encode(text)[:most]
+    if len(tokens) < 2 or tokens.max() >= model.config.vocab:
+        raise ValueError(
+            f"the tokenizer gives {len(tokens)} ids up to {tokens.max(initial=-1)} for the text; expected at least 2, "
+            f"below the model's vocabulary of {model.config.vocab}: is it this model's?"
+        )
+    return tokens
+
+
 def is_installed(*packages: str) -> bool:
     return all(importlib.util.find_spec(package) is not None for package in packages)
 
 
-def transformers_logits(folder: Path, tokens: Int[np.ndarray, " places"]) -> tuple[str, Float[np.ndarray, "places vocab"]]:
-    """Name and version, and the logits of the model in a Hugging Face folder, in fp32 by the plain formula of attention. No code from the
-    folder is run."""
-    import torch
-    from transformers import AutoModelForCausalLM
+def can_compare(python: Path | None) -> bool:
+    """Whether `transformers` can be asked.
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True).eval()
-    with torch.inference_mode():
-        logits = model(torch.from_numpy(np.asarray(tokens, np.int64))[None]).logits[0].float().numpy()
-    return f"transformers {metadata.version('transformers')}", logits
+    **Raises:** `ValueError` where an interpreter was named that cannot be run or lacks it.
+    """
+    if python is None:
+        return is_installed("transformers", "torch")
+    code = "import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, ('transformers', 'torch', 'numpy'))))"
+    if not python.is_file() or not os.access(python, os.X_OK):
+        raise ValueError(f"--parity-python {python}: expected a Python interpreter, as in /path/to/.venv/bin/python")
+    if subprocess.run([python.absolute(), "-c", code], capture_output=True).returncode:
+        raise ValueError(f"--parity-python {python}: expected torch, transformers and numpy there; one of them is missing")
+    return True
+
+
+def transformers_logits(
+    folder: Path, tokens: Int[np.ndarray, " places"], python: Path | None = None
+) -> tuple[str, Float[np.ndarray, "places vocab"]]:
+    """Name and version, and the logits of the model in a Hugging Face folder, in fp32 by the plain formula of attention. No code from the
+    folder is run.
+
+    **Arguments:**
+
+    - `python`: another interpreter that has `torch` and `transformers`, to compute them in; `None` is this one. It gets no token of the
+      Hub and asks nothing of the network.
+
+    **Raises:** `ValueError` with that interpreter's words where it fails.
+    """
+    if python is None:
+        from train.reference import logits_of
+
+        return logits_of(f"{folder}", np.asarray(tokens, np.int64))
+    with tempfile.TemporaryDirectory() as name:
+        given, found = Path(name) / "tokens.npy", Path(name) / "logits.npz"
+        np.save(given, np.asarray(tokens, np.int64))
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"))}
+        # From standard input, in a folder of its own: our packages must not be what it imports.
+        asked = subprocess.run(
+            [python.absolute(), "-", folder.resolve(), given, found],
+            input=Path(__file__).with_name("reference.py").read_bytes(),
+            cwd=name,
+            env=environment | {"HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+        )
+        if asked.returncode:
+            words = asked.stderr.decode(errors="replace").strip().splitlines()
+            raise ValueError(f"{python} gave no logits of {folder.name}: {words[-1] if words else f'status {asked.returncode}'}")
+        with np.load(found) as arrays:
+            return str(arrays["name"]), arrays["logits"]
 
 
 def llama_cpp_choices(file: Path, tokens: Int[np.ndarray, " places"]) -> tuple[str, list[int]]:

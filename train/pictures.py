@@ -1,5 +1,5 @@
 """Pictures that explain: what a row looks like to its own tokens, how far updates move the weights, what a model learns and forgets,
-which tokens of a conversation are trained on."""
+how it scores, which tokens of a conversation are trained on."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -87,6 +87,68 @@ def plot_forgetting(metrics_path: str | os.PathLike[str], png_path: str | os.Pat
     figure.savefig(png_path, dpi=140)
     plt.close(figure)
     return Path(png_path)
+
+
+def plot_scores(results: Mapping[str, Mapping[str, Any]], path: str | os.PathLike[str], *, title: str) -> Path:
+    """Draw the scores of an evaluation with their intervals: shares beside chance and what others published; below them the groups, where a
+    task has some, and texts in bits per byte.
+
+    **Arguments:**
+
+    - `results`: as in the `results.json` of `recipes.evaluate`: by task `metric`, `metrics` (name → value, low, high and, where known,
+      published), `chance`, `groups`.
+    """
+    shares = {name: result for name, result in results.items() if result["metric"] != "bits per byte"}
+    texts = {name: result for name, result in results.items() if name not in shares}
+    grouped = {name: result["groups"] for name, result in shares.items() if result.get("groups")}
+    panels = [("shares", max(2.0, sum(len(each["metrics"]) + 1 for each in shares.values())))] if shares else []
+    panels += [(name, len(groups) + 1.0) for name, groups in grouped.items()] + ([("texts", len(texts) + 1.5)] if texts else [])
+    figure, rows = plt.subplots(
+        len(panels), 1, squeeze=False, figsize=(8, 1.2 + 0.24 * sum(height for _, height in panels) + 0.5 * len(panels)),
+        height_ratios=[height for _, height in panels], layout="constrained",
+    )  # fmt: skip
+    for axes, (panel, _) in zip(rows[:, 0], panels, strict=True):
+        if panel == "texts":
+            bits = [(name, result["metrics"]["bits_per_byte"], None) for name, result in texts.items()]
+            _dots(axes, bits, "bits per byte, less is better", 1.0)
+        elif panel == "shares":
+            lines: list[_Line] = []
+            for name, result in shares.items():
+                several = len(result["metrics"]) > 1
+                for metric, estimate in result["metrics"].items():
+                    lines.append((f"{name}, {metric}" if several else name, estimate, result.get("chance")))
+            _dots(axes, lines, "% right", 100.0)
+        else:
+            ordered = sorted(grouped[panel].items(), key=lambda each: each[1]["value"])
+            _dots(axes, [(group, estimate, shares[panel].get("chance")) for group, estimate in ordered], f"{panel}, % right", 100.0)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+    return Path(path)
+
+
+_Line = tuple[str, Mapping[str, Any], float | None]  # name, estimate, chance
+
+
+def _dots(axes: Any, lines: Sequence[_Line], label: str, scale: float) -> None:
+    """A line each, the first on top: a dot with its interval, a grey bar for chance, a diamond for what was published."""
+    values, lows, highs = (
+        np.array([scale * (each["value"] if each[edge] is None else each[edge]) for _, each, _ in lines])
+        for edge in ("value", "low", "high")
+    )
+    errors = np.maximum(0.0, [values - lows, highs - values])
+    axes.errorbar(values, range(len(lines)), xerr=errors, fmt="o", color="tab:blue", markersize=4, capsize=2, label="ours, 95 %")
+    chances = [(scale * chance, place) for place, (*_, chance) in enumerate(lines) if chance is not None]
+    known = [(scale * each["published"], place) for place, (_, each, _) in enumerate(lines) if "published" in each]
+    for points, style, colour, name in ((chances, "|", "tab:gray", "chance"), (known, "D", "tab:orange", "published")):
+        if points:
+            axes.plot(*zip(*points, strict=True), style, color=colour, markersize=10 if style == "|" else 5, label=name)
+    axes.set_yticks(range(len(lines)), [name for name, *_ in lines], fontsize=8)
+    axes.set_ylim(len(lines) - 0.5, -0.5)
+    axes.set_xlabel(label)
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize="x-small", loc="best")
 
 
 def plot_tasks(before: Mapping[str, Any], after: Mapping[str, Any], png_path: str | os.PathLike[str]) -> Path:

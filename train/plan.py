@@ -14,7 +14,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from data.pipeline import Batch
-from train.runtime import CARDS, check_gpu_compiler
+from train.gpus import CARDS, check_gpu_compiler
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Memory:
 
 
 def target_device(target: str) -> jax.Device:
-    """The device to compile for: a name of `train.runtime.CARDS`, or `cpu` for the processor of this machine.
+    """The device to compile for: a name of `train.gpus.CARDS`, or `cpu` for the processor of this machine.
 
     **Raises:** `DeviceError`, saying what to install, for a card whose compiler is not there.
     """

@@ -1,18 +1,31 @@
-"""From a trained model to a folder that `transformers` and the Hub accept."""
+"""From a trained model to a folder that `transformers` and the Hub accept.
 
-import json
+`export` is what a run does at its end. `recipes.publish` takes the same steps apart: `write_model`, a look at what was written, and
+`finish`, which adds the card, the lineage and the record of what was proved. A folder under its final name is always whole.
+`leaks` looks for what must not leave this machine.
+"""
+
+import hashlib
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax.numpy as jnp
+import equinox as eqx
+import jax
 
 from lm.base import AbstractLM
 from lm.models import save_pretrained
+from train.card import Card, render
+from train.lineage import GIVEN, LINEAGE_FILE, lineage
+from train.logs import write_json
 
-# Keys of `results`: what the model is held against.
-YARDSTICKS = {"xz": "xz -9", "xz_primed": "xz -9, primed with the training text"}
+EVIDENCE_FILE = "evidence.json"  # of a published folder: by it we know a repository for ours
+CARD_FILE = "README.md"
+_ANY_WORD = (".png", "tokenizer.json")  # where "/usr" may stand by chance, or as a token
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")  # of the Hub
 
 
 class SavableTokenizer(Protocol):
@@ -24,69 +37,154 @@ class SavableTokenizer(Protocol):
     def eos_id(self) -> int | None: ...
     @property
     def pad_id(self) -> int | None: ...
+    @property
+    def prompt_prefix(self) -> tuple[int, ...]: ...
+    @property
+    def opening_id(self) -> int | None: ...
+    @property
+    def chat_templates(self) -> Mapping[str, str]: ...
     def save(self, folder: Path, *, model_max_length: int | None = None) -> None: ...
 
 
 def export(
     model: AbstractLM, tokenizer: SavableTokenizer, folder: Path, *, manifest: Mapping[str, Any], results: Mapping[str, Any]
 ) -> None:
-    """Write `config.json`, `model.safetensors` (fp32), the tokenizer's files, `generation_config.json` and a README card.
+    """Write `config.json`, `model.safetensors` (fp32), the tokenizer's files, `generation_config.json`, `lineage.json` and a README card.
 
     **Arguments:**
 
-    - `manifest`: what the run was made of; the card quotes corpus, model and device, and never a path of this machine.
-    - `results`: what it measured.
+    - `manifest`: what the run was made of. Under `continued_from` it has what `train.lineage.continued_from` says of the model it began
+      with, if there was one.
+    - `results`: what it measured. `bits_per_byte` and `held_out_bytes` make the card's table; other figures stand in the lineage.
     """
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-    ids = {name: value for name, value in ids.items() if value is not None}
-    beside = folder.with_name(f".{folder.name}.building")  # renamed at the end: a folder of this name is always whole
+    stages = lineage(manifest, results)
+    with building(folder) as beside:
+        write_model(in_dtype(model, "float32"), tokenizer, beside)
+        finish(beside, card_of(folder.resolve().parent.name, model, tokenizer, "float32", stages, run_evaluations(results)))
+
+
+def run_evaluations(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a run measured itself, in the card's shape."""
+    found = {"held-out text": results} if "bits_per_byte" in results else {}
+    found |= {f"held-out {name} text, {when}": of for when in ("before", "after") for name, of in results.get(when, {}).items()}
+    return {
+        task: {"metric": "bits per byte", "value": of["bits_per_byte"], "measured": "by the run"}
+        | ({"bytes": of["held_out_bytes"]} if "held_out_bytes" in of else {})
+        for task, of in found.items()
+        if isinstance(of, Mapping) and "bits_per_byte" in of
+    }
+
+
+def card_of(
+    name: str,
+    model: AbstractLM,
+    tokenizer: SavableTokenizer | None,
+    dtype: str,
+    stages: Sequence[Mapping[str, Any]],
+    evaluations: Mapping[str, Mapping[str, Any]],
+    **more: Any,
+) -> Card:
+    """The card of a model, with what model and tokenizer say themselves. `more`: other fields of `Card`."""
+    facts = {"model_type": model.config.model_type, "parameters": model.n_params, **model.config.model_dump()}
+    return Card(
+        name=name,
+        model=facts,
+        dtype=dtype,
+        stages=[dict(stage) for stage in stages],
+        evaluations=evaluations,
+        **({} if tokenizer is None else how_texts_begin(tokenizer, trained_here=stages[-1]["stage"] != GIVEN)),
+        **more,
+    )
+
+
+def how_texts_begin(tokenizer: SavableTokenizer, *, trained_here: bool) -> dict[str, Any]:
+    """What the card says to those who write prompts. Of a model that was given nobody told us how its texts began."""
+    needs_bos = trained_here and not tokenizer.prompt_prefix and tokenizer.bos_id is not None and tokenizer.opening_id == tokenizer.bos_id
+    itself = "as the tokenizer begins every text" if tokenizer.prompt_prefix else "which the tokenizer does not add by itself"
+    words = f"In training a document began with token {tokenizer.opening_id}, {itself}." if trained_here else None
+    return {"opening": words, "needs_bos": needs_bos, "chat": bool(tokenizer.chat_templates)}
+
+
+@contextmanager
+def building(folder: Path) -> Iterator[Path]:
+    """A folder beside, which takes the other's place when all is well."""
+    beside = folder.with_name(f".{folder.name}.building")
     shutil.rmtree(beside, ignore_errors=True)
-    save_pretrained(model, beside, dtype=jnp.float32, extra_config=ids)
-    tokenizer.save(beside, model_max_length=model.config.context)
-    generation = ids | {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "max_length": model.config.context}
-    (beside / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-    (beside / "README.md").write_text(card(manifest, results, tokenizer.bos_id), encoding="utf-8")
+    beside.mkdir(parents=True)
+    yield beside
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
 
 
-def card(manifest: Mapping[str, Any], results: Mapping[str, Any], bos_id: int | None) -> str:
-    """The model card, in the Hub's format: front matter, then words."""
-    corpus, model, device = manifest["corpus"], manifest["model"], manifest["sessions"][-1]["device"]
-    text = f"the standard library of {corpus['python']}" if "python" in corpus else f"{corpus['kind']} source"
-    kv_heads = model.get("n_kv_heads", model["n_heads"])
-    continued = manifest.get("continued_from")
-    origin = "trained from scratch" if continued is None else f"continued from {continued['source']}"
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [jax, equinox, zmaj-lm]",
-        "---",
-        "",
-        f"# A {model['parameters'] / 1e6:.1f}M-parameter {model['model_type']} {origin}",
-        "",
-        f"Trained with zmaj-lm on {corpus['train_bytes']:,} bytes of text ({text}, {corpus['train_documents']:,} documents): "
-        f"{manifest['tokens']:,} tokens in {manifest['steps']:,} steps on {device.get('cpu') or device['device_kind']}.",
-        "",
-        "| held-out text | bits per byte |",
-        "|---|---|",
-        *([f"| this model ({results['held_out_bytes']:,} bytes) | {results['bits_per_byte']:.4f} |"] if "bits_per_byte" in results else []),
-        *(f"| {coder} | {results[key]:.4f} |" for key, coder in YARDSTICKS.items() if key in results),
-        *(f"| before, {name} text | {found['bits_per_byte']:.4f} |" for name, found in results.get("before", {}).items()),
-        *(f"| after, {name} text | {found['bits_per_byte']:.4f} |" for name, found in results.get("after", {}).items()),
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'tokenizer = AutoTokenizer.from_pretrained("this folder")',
-        'model = AutoModelForCausalLM.from_pretrained("this folder")',
-        "```",
-        "",
-        *([] if bos_id is None else [f"A document begins with token {bos_id}, which the tokenizer does not add by itself.", ""]),
-        f"Layers {model['n_layers']}, width {model['d_model']}, heads {model['n_heads']} ({kv_heads} for keys), "
-        f"MLP {model['d_ff']}, vocabulary {model['vocab']:,}, context {model['context']:,}; seed {manifest['seed']}; "
-        f"corpus sha256 `{corpus['sha256']}`.",
-        "",
-    ]
-    return "\n".join(lines)
+def write_model(model: AbstractLM, tokenizer: SavableTokenizer | None, folder: Path) -> None:
+    """Weights, config, tokenizer and settings of generation, the arrays in the dtype they have."""
+    ids = special_ids(tokenizer)
+    save_pretrained(model, folder, extra_config=ids)
+    if tokenizer is not None:
+        tokenizer.save(folder, model_max_length=model.config.context)
+    generation = ids | {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "max_length": model.config.context}
+    write_json(folder / "generation_config.json", generation)
+
+
+def finish(folder: Path, card: Card, evidence: Mapping[str, Any] | None = None) -> None:
+    """Add the lineage, the card, and with it the digest of every file, so that later ones know what was written."""
+    write_json(folder / LINEAGE_FILE, list(card.stages))
+    (folder / CARD_FILE).write_text(render(card), encoding="utf-8")
+    if evidence is not None:
+        write_json(folder / EVIDENCE_FILE, {**evidence, "files": digests(folder)})
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """The sha256 of every file of a folder but the record of evidence, by its path there."""
+    found = {}
+    for name in files_of(folder):
+        if name != EVIDENCE_FILE:
+            with (folder / name).open("rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def files_of(folder: Path) -> list[str]:
+    """The paths in a folder, sorted, as a repository names them."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def in_dtype(model: AbstractLM, dtype: str) -> AbstractLM:
+    """Every array of numbers, norms too."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf, model)
+
+
+def special_ids(tokenizer: SavableTokenizer | None) -> dict[str, int]:
+    """The keys of `config.json` that speak of tokens."""
+    if tokenizer is None:
+        return {}
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    return {name: value for name, value in ids.items() if value is not None}
+
+
+def leaks(folder: Path, secrets: Sequence[str], places: Sequence[str | Path]) -> list[str]:
+    """Where the folder's text (weights' own metadata too) holds a secret, a token of the Hub, or a path of this machine: `file: what`.
+
+    **Arguments:**
+
+    - `secrets`: texts that may stand nowhere, such as the token in use. They are not repeated in what is returned.
+    - `places`: folders of this machine. The root of the file system is none.
+    """
+    named = {f"{Path(place)}" for place in places if len(Path(place).parts) > 1}
+    patterns = {place: re.compile(rf"(?<![\w.-]){re.escape(place)}(?![\w.-])") for place in sorted(named)}
+    found = []
+    for name in files_of(folder):
+        text = _text_of(folder / name)
+        if any(secret in text for secret in secrets) or _TOKEN.search(text):
+            found.append(f"{name}: a token of the Hub")
+        if not name.endswith(_ANY_WORD):
+            found += [f"{name}: {place}" for place, pattern in patterns.items() if pattern.search(text)]
+    return found
+
+
+def _text_of(file: Path) -> str:
+    """A file's text; of safetensors the header, which may hold words."""
+    with file.open("rb") as opened:
+        if file.suffix == ".safetensors":
+            return opened.read(int.from_bytes(opened.read(8), "little")).decode(errors="replace")
+        return opened.read().decode(errors="replace")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -135,6 +135,17 @@ Metrics = dict[str, Any]
 Step = Callable[..., tuple[TrainState, Metrics]]
 
 
+class Told(NamedTuple):
+    """What an objective says of a batch, or of a micro-batch."""
+
+    loss: Loss
+    means: Aux  # name → (sum, count): a metric of that name is the mean over the batch
+    peaks: dict[str, Array]  # a metric of that name is the largest
+
+
+Objective = Callable[[Any, Any, Array], Told]  # (model in flight, batch, dropout key)
+
+
 def init_state(
     model: AbstractLM,
     optimizer: optax.GradientTransformationExtraArgs,
@@ -183,6 +194,7 @@ def make_step(
     *,
     donate: bool = True,
     measured: bool = False,
+    objective: Objective | None = None,
 ) -> "CompiledStep":
     """`step(state, batch, learning_rate, average_rate=0.0) -> (state, metrics)`, compiled at its first call. The state passed in is donated
     (unless `donate` is false): use the one returned.
@@ -195,36 +207,23 @@ def make_step(
 
     What is minimised is the mean over supervised tokens of the cross entropy, plus `z_loss`, plus the model's `aux_weights` times those
     means. A mean of a micro-batch is its own, and counts by the supervised tokens it has.
+
+    `objective` takes its place where it is given, and says itself what a batch holds and what `loss` and `tokens` (its count) are of:
+    preferences (`train.preference`), policy gradients (`train.policy`).
     """
+    minimised = objective or next_token_objective(config, flight, ops, measured=measured)
 
-    def loss_of(trainable: Any, frozen: Any, batch: Batch, key: Array) -> tuple[Array, tuple[Loss, Aux]]:
-        flying = put_on_flight(eqx.combine(trainable, frozen), flight, ops)
-        facts = Facts(jnp.asarray(batch.positions), jnp.asarray(batch.segments))
-        hidden, _, aux = flying.hidden(jnp.asarray(batch.tokens), facts, key=key)
-        loss = next_token(
-            hidden,
-            flying.unembedding,
-            jnp.asarray(batch.targets),
-            jnp.asarray(batch.loss_weights),
-            ops=ops,
-            dtype=jnp.dtype(flight.dtype),
-            z_loss=config.z_loss,
-            softcap=flying.logit_softcap,
-            chunk=config.loss_chunk,
-            measured=measured,
-        )
-        means = {name: total / jnp.maximum(count, 1.0) for name, (total, count) in aux.items()}
-        pull = sum((weight * means[name] for name, weight in flying.aux_weights.items()), jnp.zeros(()))
-        loss = loss._replace(total=loss.total + loss.count * pull)  # the step divides by the count of the whole batch
-        return loss.total, (loss, aux)
+    def loss_of(trainable: Any, frozen: Any, batch: Any, key: Array) -> tuple[Array, Told]:
+        told = minimised(put_on_flight(eqx.combine(trainable, frozen), flight, ops), batch, key)
+        return told.loss.total, told
 
-    def gradient_of(state: TrainState, batch: Batch, key: Array) -> tuple[Any, tuple[Loss, Aux]]:
+    def gradient_of(state: TrainState, batch: Any, key: Array) -> tuple[Any, Told]:
         """Sum of the gradients of all tokens, over micro-batches."""
         gradient = jax.grad(loss_of, has_aux=True)
         if config.micro_batches == 1:
             return gradient(state.trainable, state.frozen, batch, jr.fold_in(key, 0))
 
-        def of_micro_batch(sums: Any, numbered: tuple[Array, Batch]) -> tuple[Any, tuple[Loss, Aux]]:
+        def of_micro_batch(sums: Any, numbered: tuple[Array, Any]) -> tuple[Any, Told]:
             i, micro = numbered
             more, told = gradient(state.trainable, state.frozen, micro, jr.fold_in(key, i))
             return jax.tree.map(jnp.add, sums, more), told
@@ -233,13 +232,14 @@ def make_step(
         micro_batches = jax.tree.map(lambda x: x.reshape(k, x.shape[0] // k, *x.shape[1:]), batch)
         start = jax.tree.map(jnp.zeros_like, state.trainable)
         sums, told = jax.lax.scan(of_micro_batch, start, (jnp.arange(k), micro_batches))
-        return sums, jax.tree.map(jnp.sum, told)
+        peaks = jax.tree.map(jnp.max, told.peaks)
+        return sums, jax.tree.map(jnp.sum, told)._replace(peaks=peaks)
 
     def step(
-        changing: TrainState, frozen: Any, batch: Batch, learning_rate: Float[Array, ""], average_rate: Float[Array, ""]
+        changing: TrainState, frozen: Any, batch: Any, learning_rate: Float[Array, ""], average_rate: Float[Array, ""]
     ) -> tuple[TrainState, Metrics]:
         state = replace(changing, frozen=frozen)
-        sums, (loss, aux) = gradient_of(state, batch, jr.fold_in(dropout_key, state.step))
+        sums, (loss, aux, peaks) = gradient_of(state, batch, jr.fold_in(dropout_key, state.step))
         sums = map_paths(lambda path, g: mark(g, f"gradient/{path}"), sums)  # `train.debug` finds them by these names
         count = jnp.maximum(loss.count, 1.0)
         norm = optax.tree.norm(sums) / count
@@ -265,7 +265,7 @@ def make_step(
         stats = state.stats.after(mean_loss, norm, finite, spike)
         metrics = {"loss": mean_loss, "grad_norm": norm, "tokens": loss.count, "skipped": stats.skipped, "spikes": stats.spikes}
         metrics |= {"sigmas": sigmas}
-        metrics |= {name: total / jnp.maximum(told, 1.0) for name, (total, told) in aux.items()}
+        metrics |= {name: total / jnp.maximum(told, 1.0) for name, (total, told) in aux.items()} | peaks
         if measured:
             assert loss.correct is not None
             assert loss.entropy is not None
@@ -283,6 +283,32 @@ def make_step(
     return CompiledStep(jax.jit(step, donate_argnums=0 if donate else ()), config.micro_batches)
 
 
+def next_token_objective(config: StepConfig, flight: Flight, ops: Ops, *, measured: bool = False) -> Objective:
+    """Cross entropy of the next token, z-loss, and what the model's blocks ask for (`AbstractLM.aux_weights`). `measured`: also count right
+    guesses and sum the entropy."""
+
+    def objective(model: Any, batch: Batch, key: Array) -> Told:
+        facts = Facts(jnp.asarray(batch.positions), jnp.asarray(batch.segments))
+        hidden, _, aux = model.hidden(jnp.asarray(batch.tokens), facts, key=key)
+        loss = next_token(
+            hidden,
+            model.unembedding,
+            jnp.asarray(batch.targets),
+            jnp.asarray(batch.loss_weights),
+            ops=ops,
+            dtype=jnp.dtype(flight.dtype),
+            z_loss=config.z_loss,
+            softcap=model.logit_softcap,
+            chunk=config.loss_chunk,
+            measured=measured,
+        )
+        means = {name: total / jnp.maximum(count, 1.0) for name, (total, count) in aux.items()}
+        pull = sum((weight * means[name] for name, weight in model.aux_weights.items()), jnp.zeros(()))
+        return Told(loss._replace(total=loss.total + loss.count * pull), aux, {})  # the step divides by the count of the whole batch
+
+    return objective
+
+
 @dataclass(frozen=True)
 class CompiledStep:
     """What `make_step` gives: a function, with a way to look at its program."""
@@ -290,7 +316,7 @@ class CompiledStep:
     jitted: Any  # (changing state, frozen, batch, learning rate, average rate) → (changing state, metrics)
     micro_batches: int
 
-    def __call__(self, state: TrainState, batch: Batch, learning_rate: float, average_rate: float = 0.0) -> tuple[TrainState, Metrics]:
+    def __call__(self, state: TrainState, batch: Any, learning_rate: float, average_rate: float = 0.0) -> tuple[TrainState, Metrics]:
         if batch.tokens.shape[0] % self.micro_batches:
             raise ValueError(f"batch ({batch.tokens.shape[0]} rows) must be a multiple of micro_batches ({self.micro_batches})")
         rates = jnp.asarray(learning_rate, jnp.float32), jnp.asarray(average_rate, jnp.float32)

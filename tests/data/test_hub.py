@@ -2,15 +2,11 @@
 
 import gzip
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from small_hub import COMMIT, Hub, environment, serving
-
-ROOT = Path(__file__).parents[2]
+from small_hub import COMMIT, Hub, environment, in_a_client, open_sources, serving
 
 
 def lines_of(start: int, count: int) -> bytes:
@@ -26,22 +22,6 @@ FILES = {
 }
 
 
-OPEN_ALL = """
-import json, sys
-import huggingface_hub.constants
-huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 1 << 12  # what arrived before a cut is kept in steps of this
-from data.sources import open_source
-for spec in sys.argv[1:]:
-    try:
-        source = open_source(spec)
-    except ValueError as error:
-        print(json.dumps({"error": str(error)}))
-        continue
-    texts = {d[i]["name"]: d[i]["text"] for d in (source.train, source.held_out) for i in range(len(d))}
-    print(json.dumps({"record": source.record, "texts": texts, "name": source.name}))
-"""
-
-
 @pytest.fixture(scope="module")
 def hub() -> Iterator[type[Hub]]:
     with serving("datasets", "someone/texts", FILES) as handler:
@@ -54,10 +34,7 @@ def home(tmp_path_factory) -> Path:
 
 
 def opened(hub: type[Hub], home: Path, *specs: str, **more: str) -> list[dict]:
-    command = [sys.executable, "-c", OPEN_ALL, *specs]
-    done = subprocess.run(command, cwd=ROOT, env=environment(hub, home, **more), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return in_a_client(environment(hub, home, **more), open_sources, list(specs))
 
 
 def test_a_split_is_fetched_file_by_file_and_then_read_from_the_cache(hub, home) -> None:

@@ -184,3 +184,15 @@ def test_foreign_and_cut_files_are_named(tmp_path, monkeypatch) -> None:
 
 def test_every_cut_that_is_known_can_be_made() -> None:
     assert set(CUTS) | {"default", "starcoder", "refact", "deepseek-r1-qwen"} == set(PRE_TOKENIZERS)
+
+
+def test_a_gguf_file_begins_as_it_or_else_llama_cpp_says(tmp_path) -> None:
+    smol, llama = byte_level("smollm"), byte_level("llama-bpe")
+    start = smol.token_to_id("<|im_start|>")
+    assert loaded(tmp_path, metadata_of(smol, pre="smollm", bos_token_id=start, add_bos_token=False)).prompt_prefix == ()
+    assert loaded(tmp_path, metadata_of(smol, pre="smollm", bos_token_id=start)).prompt_prefix == ()
+    assert loaded(tmp_path, metadata_of(smol, pre="smollm", bos_token_id=start, add_bos_token=True)).prompt_prefix == (start,)
+    start = llama.token_to_id("<|im_start|>")
+    assert loaded(tmp_path, metadata_of(llama, pre="llama-bpe", bos_token_id=start)).prompt_prefix == (start,)
+    assert loaded(tmp_path, sentence_piece()).prompt_prefix == (1,)
+    assert loaded(tmp_path, sentence_piece(add_bos_token=False)).prompt_prefix == ()

@@ -1,38 +1,61 @@
-"""Running recipes as a user does: another process, its own caches, and an environment the tests have not touched."""
+"""Running recipes as a user does: another process, with caches of its own and next to nothing of the tests' environment; or, where that is
+not what is tested, the same module in this process."""
 
+import contextlib
+import io
 import os
+import runpy
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from pathlib import Path
+
+from quick_xla import FLAGS
 
 ROOT = Path(__file__).parents[2]
 
-# A model of a few thousand parameters whose runs still go through every stage.
+# A model of a few thousand parameters whose runs still go through every stage. One model, so that it is compiled once.
 SMALL = [
-    *("--preset", "1m", "--vocab", "400", "--d-model", "32", "--n-layers", "2", "--d-ff", "48"),
+    *("--preset", "1m", "--vocab", "400", "--d-model", "32", "--n-layers", "2", "--d-ff", "48", "--dropout", "0.1"),
     *("--seq", "64", "--batch", "4", "--validate-rows", "8", "--report-samples", "3"),
 ]
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """The user's, without what the tests set, and with caches of their own."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "GLIBC_", "ZMAJ_", "PYTEST_"))}
-    kept |= {"ZMAJ_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu"}
-    if kept.pop("PYTHONDONTWRITEBYTECODE", ""):  # else each run compiles some 2,000 modules anew; where they lie nothing is written
-        kept["PYTHONPYCACHEPREFIX"] = str(Path(tempfile.gettempdir()) / f"zmaj-tests-bytecode-{os.getuid()}")
-    return kept
+    """The user's, without what the tests set but for what saves them time, and with caches of their own. Compiled programs are shared with
+    the other runs of these tests: the same small model is compiled once."""
+    ours = ("JAX_", "XLA_", "GLIBC_", "ZMAJ_", "PYTEST_")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    cache.mkdir(parents=True, exist_ok=True)
+    if not (cache / "jit").exists():
+        (cache / "jit").symlink_to(os.environ["ZMAJ_TESTS_COMPILED"])
+    saving = {"XLA_FLAGS": " ".join(FLAGS), "ZMAJ_PEAK_FLOPS": "1e11"}
+    return kept | {"ZMAJ_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu"} | saving
 
 
-def start(arguments: list[str], cache: Path, recipe: str = "pretrain_small") -> subprocess.Popen:
+def run_here(arguments: list[str], recipe: str = "pretrain_small") -> tuple[int, str]:
+    """Exit status and all output of `python -m recipes.<recipe>`, without the seconds that a process takes to begin."""
+    typed, sys.argv = sys.argv, [f"recipes/{recipe}.py", *map(str, arguments)]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            runpy.run_module(f"recipes.{recipe}", run_name="__main__")
+    except SystemExit as left:
+        return int(left.code or 0), said.getvalue()
+    finally:
+        sys.argv = typed
+    return 0, said.getvalue()
+
+
+def start(arguments: list[str], cache: Path, recipe: str = "pretrain_small", **more: str) -> subprocess.Popen:
+    """`more`: variables of the environment."""
     command = [sys.executable, "-m", f"recipes.{recipe}", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, env=environment(cache), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=environment(cache) | more, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def run(arguments: list[str], cache: Path, recipe: str = "pretrain_small") -> tuple[int, str]:
+def run(arguments: list[str], cache: Path, recipe: str = "pretrain_small", **more: str) -> tuple[int, str]:
     """Exit status and all output."""
-    process = start(arguments, cache, recipe)
+    process = start(arguments, cache, recipe, **more)
     return finish(process)
 
 

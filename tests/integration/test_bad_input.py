@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from integration.recipe_runs import SMALL, run
+from integration.recipe_runs import SMALL, run, run_here
 
 
 def write_jsonl(path, word, documents):
@@ -34,9 +34,9 @@ def test_a_mixture_is_trained_on_and_measured_part_by_part(tmp_path, cache, pack
     assert results["mixture"][str(small)]["token_share"] == pytest.approx(0.3, abs=1 / 14)
 
 
-def test_a_bad_line_ends_the_command_in_words(tmp_path, cache):
+def test_a_bad_line_ends_the_command_in_words(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "fine"}\n' + "[" * 100_000 + "\n")
-    status, output = run([*SMALL, "--data", tmp_path / "rows.jsonl", "--run-dir", tmp_path / "run"], cache)
+    status, output = run_here([*SMALL, "--data", tmp_path / "rows.jsonl", "--run-dir", tmp_path / "run"])
     assert status == 2
     assert "error: line 2 of '" in output
     assert "Traceback" not in output

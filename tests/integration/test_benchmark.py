@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from integration.recipe_runs import corpus, run
+from integration.recipe_runs import corpus, run, run_here
+from quick_xla import FLAGS
 
 from recipes.benchmark import LADDER, PARTS, flat, measure_train
 from recipes.benchmark_config import SIZES, Config, Figures, check
@@ -13,6 +14,9 @@ from recipes.benchmark_ours import forget_peak, peak_resident_bytes, products_ou
 from recipes.benchmark_workers import ours
 from train.runtime import device_facts
 
+# A process that has prepared itself starts its workers without the user's XLA flags.
+QUICKLY = {"ZMAJ_NO_PREPARE": "1", "XLA_FLAGS": " ".join(FLAGS)}
+
 
 def small(**changes):
     return {"kind": "train", "size": SIZES["T"], "backend": "cpu", "dtype": "bfloat16", "steps": 2} | changes
@@ -20,14 +24,14 @@ def small(**changes):
 
 @pytest.fixture
 def worker(monkeypatch, tmp_path):
-    """A process of the benchmark, as the benchmark starts it, but with caches of its own."""
+    """A process of the benchmark, as the benchmark starts it, but with caches of its own; compiled as for users, or quickly."""
     monkeypatch.setenv("ZMAJ_CACHE_DIR", str(tmp_path))
     for name in ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)
     started = []
 
-    def start(**changes):
-        started.append(ours(small(**changes)))
+    def start(quickly=False, **changes):
+        started.append(ours(small(**changes), QUICKLY if quickly else None))
         return started[-1]
 
     yield start
@@ -53,7 +57,7 @@ ENTRY %main (a: f32[2,3]) -> f32[2,4] {
 
 @pytest.mark.skipif("avx512_bf16" not in device_facts()["cpu_flags"], reason="the fast path is for processors with bf16 products")
 def test_the_compiled_step_leaves_no_matrix_product_outside_the_fast_path(worker):
-    fast, plain = worker().facts, worker(backend="reference").facts
+    fast, plain = worker().facts, worker(backend="reference", quickly=True).facts
     assert fast["products"] > 30
     assert fast["products_outside"] == []
     assert len(plain["products_outside"]) > 5  # else the question would be idle
@@ -75,7 +79,7 @@ def test_a_run_writes_figures_under_stable_names(tmp_path):
         "--json",
         tmp_path / "out.json",
     ]
-    status, output = run(arguments, tmp_path / "cache", recipe="benchmark")
+    status, output = run(arguments, tmp_path / "cache", recipe="benchmark", **QUICKLY)
     assert status == 0, output
     figures = json.loads((tmp_path / "out.json").read_text())
     names = ("tokens_per_s", "step_s", "best_gflops", "first_s", "first_s_cached", "argument_bytes", "temp_bytes", "peak_rss_bytes")
@@ -83,7 +87,7 @@ def test_a_run_writes_figures_under_stable_names(tmp_path):
     assert figures["train.T.tokens_per_s"] == pytest.approx(4 * 64 / figures["train.T.step_s"])
     parameters = figures["train.T.n_params"]
     assert figures["train.T.argument_bytes"] >= 3 * 4 * parameters  # fp32 weights and two moments
-    status, output = run(arguments, tmp_path / "cache", recipe="benchmark")
+    status, output = run_here(arguments, "benchmark")
     assert status == 0, output
     assert "train: already measured" in output
 
@@ -162,7 +166,7 @@ def test_the_peak_of_memory_is_forgotten_when_told_so():
 
 
 def test_wrong_sizes_and_dead_processes_are_told_in_words(tmp_path):
-    status, output = run(["--sizes", "XXL", "--run-dir", tmp_path / "run"], tmp_path / "cache", recipe="benchmark")
+    status, output = run_here(["--sizes", "XXL", "--run-dir", tmp_path / "run"], "benchmark")
     assert status == 2
     assert "--sizes must be some of T, S, M" in output
     with pytest.raises(ValueError, match=r"--widths must be multiples of the width of a head of S \(64\), got 100"):

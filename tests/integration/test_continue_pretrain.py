@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from hub_state import problems
 from integration.recipe_runs import corpus
 from loguru import logger
 from pages import metrics_told, metrics_written
@@ -16,6 +18,9 @@ from data.sources import open_source
 from data.tokenizer import Tokenizer
 from recipes.command_line import parse
 from recipes.continue_pretrain import Config, main
+from recipes.publish import Config as Publish
+from recipes.publish import main as publish
+from train.publish import leaks
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +126,27 @@ def test_the_export_is_the_average_and_measures_what_the_report_says(run, texts)
     expected = results["after"]["new"]["bits_per_byte"]
     assert nats / np.log(2) / text_bytes == pytest.approx(expected, rel=5e-3)  # the run may measure with bf16 operands
     card = (folder / "export" / "README.md").read_text()
-    assert "continued from model" in card
-    assert f"| before, old text | {results['before']['old']['bits_per_byte']:.4f} |" in card
+    assert "made from model, whose making is not recorded here; trained with zmaj-lm (continue_pretrain)" in card
+    assert f"| held-out old text, before | bits per byte | {results['before']['old']['bits_per_byte']:.4f} |" in card
     assert str(texts) not in card
+
+
+def test_published_it_tells_its_stages_and_its_measure_and_no_place_of_this_machine(run, texts, tmp_path):
+    folder, _ = run
+    assert publish(Publish(source=str(folder), to=tmp_path / "out"))
+    stages = json.loads((tmp_path / "out" / "lineage.json").read_text())
+    assert stages == json.loads((folder / "export" / "lineage.json").read_text())
+    assert [stage["stage"] for stage in stages] == ["given", "continue_pretrain"]
+    assert (stages[0]["source"], stages[1]["began_with"]["source"]) == ("model", "model")
+    assert stages[1]["settings"]["data"] == "new"
+    assert leaks(tmp_path / "out", [], [texts, folder, tmp_path, Path.home(), Path.cwd()]) == []
+    measured = json.loads((tmp_path / "out" / "evidence.json").read_text())["measured"]["held-out text"]
+    assert measured["value"] == pytest.approx(json.loads((folder / "results.json").read_text())["after"]["new"]["bits_per_byte"], rel=0.02)
+    assert measured["low"] < measured["value"] < measured["high"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert problems(card) == []
+    assert "forgetting.png" in card
+    assert "| old text: old |" in card  # of the mixture as it came out
 
 
 def test_cut_off_it_goes_on_to_the_identical_result(run, texts, tmp_path):

@@ -39,9 +39,10 @@ def test_an_export_loads_without_custom_code_and_computes_the_same(name, tmp_pat
 
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = "def f(x):\n    return 'é' + str(2026)  # <|eos|>x"
-    assert their_tokenizer(text.replace("<|eos|>", ""))["input_ids"] == tokenizer.encode(text.replace("<|eos|>", "")).tolist()
+    assert their_tokenizer(text.replace("<|eos|>", ""))["input_ids"] == tokenizer.encode_prompt(text.replace("<|eos|>", "")).tolist()
     assert (their_tokenizer.bos_token_id, their_tokenizer.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
-    prompt = torch.tensor([[tokenizer.bos_id, *tokenizer.encode("def ").tolist()]])
+    prompt = torch.tensor(their_tokenizer(["def "])["input_ids"])
+    assert prompt[0, 0] == tokenizer.bos_id
     import lm
 
     drawn = theirs.generate(prompt, do_sample=False, max_new_tokens=12, min_new_tokens=12)[0, prompt.shape[1] :].tolist()

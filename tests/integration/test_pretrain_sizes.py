@@ -9,8 +9,8 @@ from integration.recipe_runs import corpus, run
 import lm
 
 TINY = [
-    *("--vocab", "400", "--d-model", "32", "--n-layers", "2", "--n-heads", "4", "--n-kv-heads", "2", "--d-ff", "48"),
-    *("--seq", "64", "--batch", "8", "--step.micro-batches", "2", "--steps", "6", "--validate-rows", "8", "--report-samples", "2"),
+    *("--vocab", "400", "--d-model", "32", "--n-layers", "2", "--n-heads", "2", "--n-kv-heads", "2", "--d-ff", "48"),
+    *("--seq", "64", "--batch", "8", "--step.micro-batches", "2", "--steps", "6", "--validate-rows", "8", "--report-samples", "3"),
     *("--held-out-documents", "2", "--tokenizer-documents", "20"),
 ]
 

@@ -1,19 +1,25 @@
 """The main job, run as a user runs it."""
 
+import fcntl
 import json
 import random
 import re
+import shutil
 import signal
 import time
 from functools import partial
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from integration.recipe_runs import SMALL, corpus, finish, run, start
+from integration.recipe_runs import SMALL, corpus, finish, run, run_here, start
 from pages import metrics_told, metrics_written
 from safetensors.numpy import load_file
 
 import lm
+from data.sources import open_source
 from data.tokenizer import Tokenizer
 
 STEPS = 30
@@ -23,7 +29,7 @@ STEPS = 30
 def shared(tmp_path_factory):
     """Corpus and caches for all runs here, and the uninterrupted run the others are held against."""
     folder = tmp_path_factory.mktemp("pretrain")
-    arguments = [*SMALL, "--data", corpus(folder / "corpus"), "--steps", STEPS, "--save-every", 4, "--validate-every", 8, "--dropout", 0.1]
+    arguments = [*SMALL, "--data", corpus(folder / "corpus"), "--steps", STEPS, "--save-every", 4, "--validate-every", 8]
     status, output = run([*arguments, "--run-dir", folder / "whole"], folder / "cache")
     assert status == 0, output
     return folder, arguments, output
@@ -75,12 +81,6 @@ def test_the_loss_falls_and_bits_per_byte_follow_from_the_exported_model(shared)
     assert course[-1] < course[0] - 0.7
     results = json.loads((whole / "results.json").read_text())
     model, tokenizer = lm.load_pretrained(whole / "export"), Tokenizer.load(whole / "export")
-
-    import equinox as eqx
-    import jax
-    import jax.numpy as jnp
-
-    from data.sources import open_source
 
     log_probs = eqx.filter_jit(lambda model, tokens: jax.nn.log_softmax(model(tokens)))
     seq, stride, nats, text_bytes = 64, 32, 0.0, 0
@@ -145,8 +145,34 @@ def assert_same_run(one, other):
         np.testing.assert_array_equal(tensors[name], expected[name])
 
 
+def test_stopped_asked_again_and_killed_it_resumes_to_the_identical_result(shared):
+    """Ctrl-C first, then SIGTERM, which save and say the same, then SIGKILL in the middle of a checkpoint."""
+    folder, arguments, _ = shared
+    run_folder = folder / "stopped"
+    arguments = [*arguments, "--run-dir", run_folder, "--save-every"]
+    for number, after, more in ((signal.SIGINT, 5, [1000]), (signal.SIGTERM, 12, [1000, "--resume"])):
+        process = start([*arguments, *more], folder / "cache")
+        until(process, lambda after=after: logged(run_folder) >= after)
+        process.send_signal(number)
+        status, output = finish(process)
+        assert status == 128 + number, output
+        assert f"--resume --run-dir {run_folder}" in output
+        assert "Traceback" not in output
+    begun = logged(run_folder)
+    process = start([*arguments, 2, "--resume"], folder / "cache")
+    until(process, lambda: logged(run_folder) > begun and any((run_folder / "checkpoints").glob("*.orbax-checkpoint-tmp*")))
+    process.kill()
+    status, output = finish(process)
+    assert status == -signal.SIGKILL, output
+    status, output = run([*arguments, 4, "--resume"], folder / "cache")
+    assert status == 0, output
+    assert STEPS > int(re.findall(r"going on after step (\d+)", output)[0]) >= begun
+    assert_same_run(run_folder, folder / "whole")
+
+
+@pytest.mark.heavy
 def test_killed_at_any_moment_it_resumes_to_the_identical_result(shared):
-    """Six kills: while the tokenizer is written, before the first step, in the loop, in the middle of a checkpoint, in the report."""
+    """Seven kills: while the tokenizer is written, before the first step, in the loop, in the middle of a checkpoint, in the report."""
     folder, arguments, _ = shared
     run_folder = folder / "killed"
     moments = [
@@ -178,78 +204,50 @@ def test_the_1m_preset_on_the_default_corpus_killed_at_random_moments(tmp_path):
     assert_same_run(run_folder, tmp_path / "whole")
 
 
-def test_asked_to_stop_it_saves_and_says_how_to_go_on(shared):
-    """Ctrl-C first, and SIGTERM after it was resumed. Wherever it was, even in the report, it says the same."""
-    folder, arguments, _ = shared
-    run_folder = folder / "stopped"
-    arguments = [*arguments, "--run-dir", run_folder, "--save-every", 1000]
-    for number, after, resume in ((signal.SIGINT, 5, []), (signal.SIGTERM, 12, ["--resume"])):
-        process = start([*arguments, *resume], folder / "cache")
-        until(process, lambda after=after: logged(run_folder) >= after)
-        process.send_signal(number)
-        status, output = finish(process)
-        assert status == 128 + number, output
-        assert f"--resume --run-dir {run_folder}" in output
-        assert "Traceback" not in output
-    status, output = run([*arguments, "--resume"], folder / "cache")
-    assert status == 0, output
-    assert_same_run(run_folder, folder / "whole")
-
-
 def test_settings_changed_on_resume_are_kept_by_the_next_resume(shared):
-    """Prolonged to far more steps, stopped, resumed without saying so again: it still knows where to end."""
-    folder, arguments, _ = shared
+    """Prolonged to far more steps, and stopped: it knows where to end from then on."""
+    folder, _, _ = shared
     run_folder = folder / "prolonged"
-    short = [*arguments, "--run-dir", run_folder, "--steps", 6, "--report-samples", 0]
-    status, output = run(short, folder / "cache")
-    assert status == 0, output
+    shutil.copytree(folder / "whole", run_folder)
     process = start(["--resume", "--run-dir", run_folder, "--steps", 5000], folder / "cache")
-    until(process, lambda: logged(run_folder) >= 10)
+    until(process, lambda: logged(run_folder) >= STEPS + 4)
     process.terminate()
     status, output = finish(process)
     assert status == 128 + signal.SIGTERM, output
-    assert "5000 steps instead of 6" in output
+    assert f"5000 steps instead of {STEPS}" in output
     assert json.loads((run_folder / "config.json").read_text())["steps"] == 5000
-    done = logged(run_folder)
-    status, output = run(["--resume", "--run-dir", run_folder, "--steps", 3], folder / "cache")
+    status, output = run_here(["--resume", "--run-dir", run_folder, "--steps", 3])
     assert status == 2
-    assert f"the run has done {done} steps already" in output
+    assert f"the run has done {logged(run_folder)} steps already" in output
     manifest = json.loads((run_folder / "manifest.json").read_text())
     assert (manifest["steps"], len(manifest["sessions"])) == (5000, 2)  # the refused one left nothing
 
 
 def test_two_processes_do_not_share_a_run_folder(shared):
-    folder, arguments, _ = shared
-    import fcntl
-
+    folder, _, _ = shared
     with (folder / "whole" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        status, output = run([*arguments, "--run-dir", folder / "whole", "--resume"], folder / "cache")
+        status, output = run_here(["--resume", "--run-dir", folder / "whole"])
     assert status == 2
     assert "another process is at work" in output
 
 
 def test_sample_continues_from_run_export_and_checkpoint(shared, tmp_path):
     folder, _, _ = shared
-    arguments = ["--prompt", "import ", "--max-new-tokens", 12, "--temperature", 0]
-    texts = []
-    for source in (folder / "whole", folder / "whole" / "export"):
-        status, output = run([source, *arguments], folder / "cache", "sample")
-        assert status == 0, output
-        texts.append(output[output.index("import ") :].rsplit("\n[", 1)[0])
     (tmp_path / "unfinished").mkdir()
     for part in ("checkpoints", "tokenizer"):
         (tmp_path / "unfinished" / part).symlink_to(folder / "whole" / part)
-    status, output = run([tmp_path / "unfinished", *arguments], folder / "cache", "sample")
-    assert status == 0, output
+    arguments = ["--prompt", "import ", "--max-new-tokens", 12, "--temperature", 0]
+    texts = []
+    for source in (folder / "whole", folder / "whole" / "export", tmp_path / "unfinished"):
+        status, output = run_here([source, *arguments], "sample")
+        assert status == 0, output
+        texts.append(output[output.index("import ") :].rsplit("\n[", 1)[0])
     assert f"checkpoint of step {STEPS}" in output
-    texts.append(output[output.index("import ") :].rsplit("\n[", 1)[0])
     assert len(set(texts)) == 1
 
 
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_used(shared, tmp_path):
-    import shutil
-
     folder, arguments, _ = shared
     run_folder = tmp_path / "damaged"
     shutil.copytree(folder / "whole", run_folder)

@@ -1,45 +1,19 @@
 """Models of the Hub, against a small one on this machine; each client is a process of its own, since settings are read at its start."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
-from small_hub import COMMIT, Hub, environment, serving
+from small_hub import COMMIT, Hub, environment, fingerprint, in_a_client, load_models, serving
 from tiny import tiny
 
 import lm
 
-ROOT = Path(__file__).parents[2]
-
-LOAD_ALL = """
-import json, sys
-import jax, numpy as np
-import lm
-for source, revision in json.loads(sys.argv[1]):
-    try:
-        model = lm.load_pretrained(source, revision=revision)
-    except (ValueError, FileNotFoundError) as error:
-        print(json.dumps(f"{type(error).__name__}: {error}"))
-    else:
-        print(json.dumps(sum(float(np.abs(leaf).sum(dtype=np.float64)) for leaf in jax.tree.leaves(model))))
-"""
-
-
-def fingerprint(model) -> float:
-    return sum(float(np.abs(leaf).sum(dtype=np.float64)) for leaf in jax.tree.leaves(model))
-
 
 def loaded(hub: type[Hub], home: Path, *asked: str | tuple[str, str], **more: str) -> list[str | float]:
     """What each source gives: the sum of all weights, or the words of the error."""
-    pairs = json.dumps([(each, None) if isinstance(each, str) else each for each in asked])
-    env = environment(hub, home, JAX_PLATFORMS="cpu", **more)
-    done = subprocess.run([sys.executable, "-c", LOAD_ALL, pairs], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    pairs = [(each, None) if isinstance(each, str) else each for each in asked]
+    return in_a_client(environment(hub, home, **more), load_models, pairs)
 
 
 def repository(folder: Path, **how) -> dict[str, bytes]:

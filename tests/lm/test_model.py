@@ -35,11 +35,10 @@ def test_a_token_does_not_see_later_ones(model):
 def test_packed_documents_equal_documents_alone(model):
     batch = packed_batch()
     together = logits_of(model, jnp.asarray(batch.tokens), facts_of(batch))
-    for row in range(batch.tokens.shape[0]):
-        for document in range(1, batch.segments[row].max() + 1):
-            places = np.flatnonzero(batch.segments[row] == document)
-            alone = logits_of(model, jnp.asarray(batch.tokens[row, places]))
-            np.testing.assert_allclose(together[row, places], alone, **CLOSE)
+    for row, document in ((0, 1), (0, 2), (1, 1), (1, 2)):  # of 4, 5, 5 and 4 tokens: two programs
+        places = np.flatnonzero(batch.segments[row] == document)
+        alone = logits_of(model, jnp.asarray(batch.tokens[row, places]))
+        np.testing.assert_allclose(together[row, places], alone, **CLOSE)
 
 
 def test_cached_decode_equals_full_forward(model):

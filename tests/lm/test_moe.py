@@ -210,7 +210,9 @@ def test_experts_are_cast_and_the_router_stays_fp32():
 
 
 def test_int8_refuses_experts_in_words():
-    with pytest.raises(ValueError, match="this model has 5 experts in one leaf: cast it to bf16 instead"):
+    with pytest.raises(
+        ValueError, match="holds the matrices of 5 experts in one leaf, and only single ones can be packed: cast the model to bf16 instead"
+    ):
         lm.quantised(tiny("mixtral"))
 
 

@@ -72,7 +72,7 @@ def test_scan_rematerialisation_and_the_cpu_kernels_learn_what_the_loop_does(fam
 @each_family
 def test_a_few_steps_in_bf16_lower_the_loss(family):
     model, batch = lm.build(tiny_config(family, **FAMILIES[family]), key=jr.key(0)), packed_batch()
-    optimizer = build_optimizer(OptimizerConfig(name="muon"))
+    optimizer = build_optimizer(OptimizerConfig(name="muon" if family == "qwen3_moe" else "adamw"))  # muon compiles twice as long
     step = make_step(optimizer, StepConfig(), Flight(dtype="bfloat16"), lm.BACKENDS["cpu"], jr.key(1))
     state, losses = init_state(model, optimizer), []
     for _ in range(8):

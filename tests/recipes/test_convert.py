@@ -10,6 +10,7 @@ import lm
 from data.tokenizer import Tokenizer
 from recipes import convert
 from recipes.convert import Config, main
+from train import parity
 
 
 @pytest.fixture
@@ -22,6 +23,7 @@ def source(tmp_path):
 @pytest.fixture
 def alone(monkeypatch):
     """No other implementation is installed."""
+    monkeypatch.setattr(parity, "is_installed", lambda *packages: False)
     monkeypatch.setattr(convert, "is_installed", lambda *packages: False)
 
 
@@ -52,9 +54,9 @@ def test_without_any_reference_nothing_is_said_to_have_passed(source, alone, mon
 
 
 def test_a_reference_that_disagrees_fails(source, monkeypatch, tmp_path):
-    monkeypatch.setattr(convert, "is_installed", lambda *packages: "transformers" in packages)
+    monkeypatch.setattr(convert, "can_compare", lambda python: True)
     wrong = tiny("llama", seed=1)
-    monkeypatch.setattr(convert, "transformers_logits", lambda folder, tokens: ("another", np.asarray(wrong(jnp.asarray(tokens)))))
+    monkeypatch.setattr(convert, "transformers_logits", lambda folder, tokens, python: ("another", np.asarray(wrong(jnp.asarray(tokens)))))
     assert not main(Config(source=str(source), out=tmp_path / "out"))
     assert report_of(tmp_path / "out")["words"] == "FAILED: compared with another, on the source"
 

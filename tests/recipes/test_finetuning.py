@@ -79,7 +79,7 @@ def test_the_text_a_run_was_trained_on_is_found_back_to_its_beginning(tmp_path):
 
 def source_of(texts):
     documents = grain.MapDataset.source([{"text": text, "name": str(i)} for i, text in enumerate(texts)])
-    return Source("x", documents, documents, {"sha256": "0", "held_out_bytes": 0})
+    return Source("x", documents, documents, documents, {"sha256": "0", "held_out_bytes": 0})
 
 
 def test_old_text_is_cut_to_equal_shares():

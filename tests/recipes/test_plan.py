@@ -6,7 +6,7 @@ import pytest
 from targets import skip_without_compiler
 
 from recipes.plan import asked, main, memory_of, plan, variants
-from train.runtime import CARDS
+from train.gpus import CARDS
 
 TINY = [
     *("--vocab", "400", "--d-model", "32", "--n-layers", "2", "--n-heads", "4", "--n-kv-heads", "2", "--d-ff", "48"),

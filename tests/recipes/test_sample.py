@@ -6,6 +6,7 @@ from tiny import tiny
 import lm
 import recipes.sample as sample
 from data.tokenizer import Tokenizer
+from recipes import generating
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def export(tmp_path_factory):
 
 @pytest.fixture
 def draw(export, monkeypatch, capsys):
-    monkeypatch.setattr(sample, "compilation_cache", lambda: None)
+    monkeypatch.setattr(generating, "compilation_cache", lambda: None)
 
     def run(**settings):
         sample.main(sample.Config(model=export, prompt="def ", max_new_tokens=12, device="cpu", **settings))

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from integration.recipe_runs import run
+from integration.recipe_runs import run_here
 
 from data.tokenizer import Tokenizer
 from data.tokenizer_report import measure, visible, vocabulary_use
@@ -84,10 +84,10 @@ def test_mistakes_are_said_before_the_work(tmp_path) -> None:
     (tmp_path / "one.txt").write_text(TEXT * 60)
     with pytest.raises(ValueError, match=r"vocab_size \(12\) must be at least 265"):
         main(Config(data=str(tmp_path / "one.txt"), vocab=12, run_dir=tmp_path / "run"))
-    status, output = run(["--data", "nowhere.txt"], tmp_path / "cache", recipe="train_tokenizer")
+    status, output = run_here(["--data", "nowhere.txt", "--run-dir", tmp_path / "other"], "train_tokenizer")
     assert status == 2
     assert "error: 'nowhere.txt' does not exist" in output
-    status, output = run(["--help"], tmp_path / "cache", recipe="train_tokenizer")
+    status, output = run_here(["--help"], "train_tokenizer")
     assert status == 0
     assert "--picture-characters" in output
 

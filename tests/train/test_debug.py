@@ -1,5 +1,7 @@
 """A step that is not finite names the operation, the line, the weights and the gradients."""
 
+from functools import lru_cache
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,7 @@ def start(n_layers=1):
     return init_state(tiny("llama", n_layers=n_layers), SGD)
 
 
+@lru_cache  # one step compiles once for all tests
 def watched(flight=Flight(), ops=lm.REFERENCE, optimizer=SGD):  # noqa: B008
     """A step that leaves its input alive."""
     return debug_nans(make_step(optimizer, StepConfig(), flight, ops, jr.key(0), donate=False))
@@ -63,7 +66,7 @@ def test_a_poisoned_weight_is_named_with_the_operation_it_spoils():
     assert lines[5].startswith("  then NaN: dot_general of float32[26, 40] (up to ±")
     assert lines[5].endswith("blocks/0/mlp/down_proj/weight float32[24, 40] (1 of 960 not finite)")
     assert lines[6].startswith("    at lm/kernels.py:")
-    assert "jax.lax.dot_general(flat, matrix" in lines[6]
+    assert "jax.lax.dot_general(" in lines[6]
 
 
 def test_an_overflow_in_a_scan_with_kernels_of_their_own_names_the_layer():

@@ -10,9 +10,10 @@ from tiny import packed_batch, tiny
 
 import lm
 from lm.flight import Flight
+from train.gpus import check_gpu_compiler
 from train.optimizers import OptimizerConfig, build_optimizer
 from train.plan import abstract_batch, compile_for
-from train.runtime import DeviceError, check_gpu_compiler
+from train.runtime import DeviceError
 from train.step import StepConfig, init_state, make_step
 
 BATCH, SEQ = 2, 13
@@ -69,9 +70,9 @@ def test_a_program_is_compiled_but_not_run_for_the_target(target):
 
 
 def test_a_card_without_its_compiler_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("train.runtime._installed", lambda package: package != "nvidia-cuda-nvcc-cu12")
+    monkeypatch.setattr("train.gpus._installed", lambda package: package != "nvidia-cuda-nvcc-cu12")
     with pytest.raises(DeviceError, match="needs nvidia-cuda-nvcc-cu12, not installed here: run `uv sync --extra plan`"):
         compile_for("h100", jax.jit(lambda x: x), np.zeros(3))
-    monkeypatch.setattr("train.runtime._installed", lambda package: package != "nvidia-cudnn-cu12")
+    monkeypatch.setattr("train.gpus._installed", lambda package: package != "nvidia-cudnn-cu12")
     with pytest.raises(DeviceError, match="with cuDNN needs nvidia-cudnn-cu12, not installed here: run `uv sync --extra cuda`"):
         check_gpu_compiler(cudnn=True)

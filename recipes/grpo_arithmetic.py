@@ -1,0 +1,507 @@
+"""Teach a small model arithmetic by rewards alone: reinforcement learning with verifiable rewards, on a laptop.
+
+What happens: a fresh model of under a million parameters learns sums and differences of two-digit numbers from a fixed set of worked
+examples, until its share of right answers on 512 held-out problems rises no more. They are too few: it gets stuck well below a third. Then
+it is given fresh problems without solutions, writes sixteen answers to each, and learns from which of them were right (GRPO). The same
+minutes of more training on the examples, the control, show that it is the rewards that did it. None of the sixteen held-out numbers occurs
+in any prompt.
+
+    python -m recipes.grpo_arithmetic
+    python -m recipes.grpo_arithmetic --algorithm dapo --seed 1
+    python -m recipes.grpo_arithmetic --model runs/sft_chat-… --task countdown      # go on from a model that exists
+    python -m recipes.grpo_arithmetic --resume                                      # exactly, from the middle
+
+Sources of the settings: 64 prompts of 16 answers, temperature 1, no KL, as in DAPO's and Dr. GRPO's papers in small (arXiv:2503.14476,
+2503.20783); the learning rates are single guesses. The table of algorithms is in docs/rl.md.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from loguru import logger
+from pydantic import Field, field_validator, model_validator
+
+import lm
+from data.tasks import TASKS
+from data.tasks.problems import RewardError, Share, in_order, pass_at_k
+from data.tokenizer import SPECIAL_TOKENS, Tokenizer
+from lm.base import AbstractLM
+from lm.digests import digest
+from lm.generate import Sampler
+from lm.models.qwen3 import Qwen3Config
+from recipes.command_line import claimed, fail, how_to_resume, parse, resumable
+from recipes.loading import load
+from recipes.rl_stages import Drawing, control, keep_model, pass_metrics, warm_start
+from recipes.running import (
+    ENDS_IN_WORDS,
+    RunConfig,
+    begin_session,
+    check_start,
+    choose_flight,
+    restore,
+    save_config,
+    session_facts,
+    trackers_of,
+    watched,
+)
+from recipes.wording import Wording
+from train.advantages import RunningMean
+from train.checkpoint import Checkpoints
+from train.debug import debug_nans
+from train.groups import Judged, advantages_of, check_group, gather
+from train.lineage import continued_from
+from train.logs import RunLog, plain_messages, read_metrics, words_kept, write_json
+from train.loop import interruptible
+from train.optimizers import OptimizerConfig, build_optimizer
+from train.policy import ALGORITHMS, Algorithm, policy_objective
+from train.publish import export
+from train.rl import FP32_GAP, GapError, check_gap, describe, gap_of, make_log_probs, parts_of, policy_batch
+from train.rollout_view import draw_learning, keep_rollouts
+from train.runtime import choose_device, compilation_cache, device_facts, peak_flops
+from train.step import StepConfig, TrainState, init_state, make_step
+
+RISE = 10  # steps over which the learning rate of RL rises
+
+# ------------------------------------------------------------------------------------------- config
+
+
+class Config(RunConfig):
+    """Everything that makes the run what it is."""
+
+    model: Path | None = Field(
+        None, description="a run, Hugging Face folder or GGUF file to begin from; None: a fresh model of the sizes below"
+    )
+    task: Literal["arithmetic", "calculator", "countdown", "counting", "reversal"] = Field("arithmetic", description="see data/tasks")
+    reward_weights: dict[str, float] = Field({}, description="weights of the task's rewards by name, in place of its own")
+    d_model: int = Field(64, gt=0, description="width of a fresh model")
+    n_layers: int = Field(2, gt=0, description="blocks of a fresh model")
+    n_heads: int = Field(4, gt=0, description="heads of a fresh model")
+    d_ff: int = Field(176, gt=0, description="hidden width of a fresh model's MLPs")
+
+    warm_examples: int = Field(400, ge=0, description="worked examples imitated before RL; 0: none, begin with RL")
+    warm_batch: int = Field(128, gt=0, description="examples a step")
+    warm_peak: float = Field(3e-3, gt=0, description="learning rate of imitation")
+    warm_steps: int = Field(3000, gt=0, description="steps of imitation at most")
+    warm_every: int = Field(50, gt=0, description="steps between looks at the held-out problems; the best look is where RL begins")
+    warm_patience: int = Field(8, gt=0, description="looks without a new best after which imitation ends")
+
+    algorithm: Literal["reinforce", "rloo", "grpo", "dr_grpo", "dapo", "gspo"] = Field("grpo", description="see the table in docs/rl.md")
+    steps: int = resumable(800, ge=1, description="batches of answers to learn from")
+    prompts: int = Field(32, ge=1, description="prompts a batch")
+    n: int = Field(16, ge=1, description="answers to each")
+    max_new_tokens: int = Field(6, ge=1, description="longest answer, its end included")
+    passes: int = Field(1, ge=1, description="times each batch is learned from")
+    parts: int = Field(1, ge=1, description="updates in one pass: the batch in so many parts")
+    peak: float = Field(5e-4, gt=0, description="learning rate of RL, after a rise over 10 steps")
+    optimizer: OptimizerConfig = OptimizerConfig(name="adamw", beta2=0.99, weight_decay=0.0)
+    step: StepConfig = StepConfig()
+    clip_low: float | None = Field(None, gt=0, description="the ratio is clipped at 1 - this; None: the algorithm's own")
+    clip_high: float | None = Field(None, gt=0, description="and at 1 + this; None: the algorithm's own")
+    importance_cap: float = Field(2.0, ge=1, description="importance weights are cut off here")
+    kl_weight: float = Field(0.0, ge=0, description="of the KL from the model RL began with; 0: none, and it is not computed")
+    kl: Literal["k1", "k2", "k3"] = Field("k3", description="estimator of the KL; k1 is taken from the reward, the others enter the loss")
+    most_draws: int = Field(4, ge=1, description="dapo: times that prompts are drawn for one batch, at most")
+    overlong_buffer: int = Field(2, ge=1, description="dapo: tokens before the longest answer over which the length penalty grows to 1")
+    temperature: float = Field(1.0, gt=0, description="of the draws; log-probs are those of the distribution that is drawn from")
+    top_k: int | None = Field(None, ge=1, description="draw among the k likeliest tokens only")
+    top_p: float | None = Field(None, gt=0, le=1, description="draw among the likeliest tokens that hold this probability together")
+    min_p: float | None = Field(None, ge=0, le=1, description="draw among tokens at least this fraction as likely as the likeliest")
+
+    dtype: Literal["auto", "float32", "bfloat16"] = resumable("float32", description="operands of the blocks' products; the head is fp32")
+    gap_limit: float | None = Field(
+        None,
+        gt=0,
+        description="nats by which sampler and trainer may differ on a token; above, the run stops. None: 1e-4 in float32; in bfloat16 "
+        "three times the largest gap of three calibration draws before the first step, which is then written into the run's config",
+    )
+    answers: int = Field(8, ge=1, description="answers to each held-out problem in a look; pass@1 and pass@this are reported")
+    validate_every: int = resumable(50, ge=1, description="steps between looks at the held-out problems")
+    validate_rows: int = resumable(512, ge=1, description="held-out problems in such a look; the last one takes all")
+    sample_every: int = resumable(100, ge=1, description="steps between best and worst answers on the screen and in rollouts.jsonl")
+    save_every: int = resumable(100, ge=1, description="steps between checkpoints")
+    control: bool = resumable(True, description="afterwards, imitate for as many minutes as RL took, from the same start, and compare")
+    seed: int = Field(0, ge=0, description="of weights, examples, prompts and draws")
+
+    @field_validator("n")
+    @classmethod
+    def _groups(cls, n: int, info: Any) -> int:
+        if "algorithm" in info.data:
+            check_group(ALGORITHMS[info.data["algorithm"]], n)
+        return n
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if (self.prompts * self.n) % (self.parts * self.step.micro_batches):
+            raise ValueError(f"prompts x n ({self.prompts * self.n}) must be a multiple of parts x step.micro_batches")
+        if self.n_heads and self.d_model % self.n_heads:
+            raise ValueError(f"d_model ({self.d_model}) must be a multiple of n_heads ({self.n_heads})")
+        return self
+
+    @property
+    def rows(self) -> int:
+        """Answers a batch."""
+        return self.prompts * self.n
+
+    @property
+    def chosen(self) -> Algorithm:
+        """The algorithm, with the bounds of the clip that were asked for."""
+        own = ALGORITHMS[self.algorithm]
+        return replace(own, clip_low=self.clip_low or own.clip_low, clip_high=self.clip_high or own.clip_high)
+
+
+# ------------------------------------------------------------------------------------------- main
+
+
+def main(config: Config) -> Path:
+    """The whole experiment. Returns the run folder."""
+    plain_messages()
+    folder = config.run_dir or Path("runs") / f"grpo_arithmetic-{datetime.now():%Y%m%d-%H%M%S}"
+    with claimed(folder, "grpo_arithmetic"), words_kept(folder):
+        run(config, folder)
+    return folder
+
+
+def run(config: Config, folder: Path) -> None:
+    """Task, model, imitation, reinforcement, control, report, in this order."""
+    device = choose_device(config.device)
+    compilation_cache()
+    check_start(config, folder)
+
+    # The task, and the model to begin from.
+    task = TASKS[config.task]().weighted(config.reward_weights)
+    model, tokenizer, origin = beginning(config, folder)
+    given = digest(eqx.filter(model, eqx.is_array))
+    wording = Wording.of(tokenizer)
+    head_dim = getattr(model.config, "head_dim", model.config.d_model // model.config.n_heads)
+    ops, flight = choose_flight(
+        config,
+        device_facts(device),
+        n_layers=model.config.n_layers,
+        head_dim=head_dim,
+        seq=64,
+        softcap=getattr(model.config, "softcap", None),
+    )
+    sampler = Sampler(config.temperature, config.top_k, config.top_p, config.min_p)
+    width = wording.width([*task.train, *task.held_out])
+    drawing = Drawing(task, wording, width, config.max_new_tokens, sampler, flight, ops)
+    logger.info(
+        f"task {task.name}: {len(task.train):,} problems to learn from, {len(task.held_out):,} held out; prompts of up to {width} tokens"
+    )
+    logger.info(f"model: {model.n_params:,} parameters, from {origin}; on {device.device_kind}: kernels {ops.name}, {flight.dtype}")
+    if not config.resume:
+        save_config(config, folder)
+
+    # Imitation: once a run; where it ended is kept in start/.
+    order = np.random.default_rng((config.seed, 1)).permutation(len(task.train))
+    examples = [task.train[i] for i in order[: config.warm_examples]]
+    fresh = replace(task, train=[task.train[i] for i in order[config.warm_examples :]])  # RL never sees the examples
+    warm: dict[str, Any] = {"batch": config.warm_batch, "peak": config.warm_peak, "every": config.warm_every, "answers": config.answers}
+    warm |= {"rows": config.rows, "seed": config.seed}
+    start = folder / "start"
+    if not start.is_dir():
+        if examples:
+            model = warm_start(model, drawing, examples, folder, steps=config.warm_steps, patience=config.warm_patience, **warm)
+        keep_model(model, tokenizer, start)
+    model = lm.load_pretrained(start)
+
+    # Reinforcement.
+    results = reinforce(config, folder, model, given, replace(drawing, task=fresh), device)
+
+    # Beside it, as many minutes of imitation.
+    if config.control and examples:
+        logger.info(f"control: {results['minutes']:.1f} more minutes of imitation from the same start")
+        results["control"] = control(model, drawing, examples, folder, minutes=results["minutes"], **warm)
+        write_json(folder / "results.json", results)
+    draw_learning(folder, title=f"{task.name}: {config.algorithm}, seed {config.seed}")
+    show(results)
+
+
+def beginning(config: Config, folder: Path) -> tuple[AbstractLM, Tokenizer, str]:
+    """The model asked for, or a fresh one whose tokens are bytes."""
+    if config.model is not None:
+        model, tokenizer, origin = load(config.model)
+    else:
+        tokenizer, origin = Tokenizer.train([], 256 + len(SPECIAL_TOKENS)), "random weights"
+        sizes: dict[str, Any] = {"d_model": config.d_model, "n_layers": config.n_layers, "n_heads": config.n_heads, "d_ff": config.d_ff}
+        sizes |= {"n_kv_heads": config.n_heads, "head_dim": config.d_model // config.n_heads, "rope_base": 10_000.0, "tied": True}
+        model = lm.build(Qwen3Config(vocab=tokenizer.vocab_size, context=256, **sizes), key=jr.key(config.seed))
+    if not (folder / "tokenizer").is_dir():
+        tokenizer.save(folder / "tokenizer", model_max_length=model.config.context)
+    return model, tokenizer, origin
+
+
+# ------------------------------------------------------------------------------------------- reinforcement
+
+
+@dataclass
+class Learner:
+    """What one step needs beside the state."""
+
+    config: Config
+    drawing: Drawing
+    step: Any
+    log_probs: Any  # (model, batch) → by the trainer
+    reference: AbstractLM | None
+    gap_limit: float
+    baseline: RunningMean
+    cursor: int  # number of the next problem
+
+    def iterate(self, state: TrainState, index: int) -> "Iteration":
+        """Draw, judge, prove that sampler and trainer are one, update."""
+        config, task, algorithm = self.config, self.drawing.task, self.config.chosen
+        clock, key = Clock(), jr.fold_in(jr.key(config.seed), index)
+
+        def draw(indices: list[int], turn: int) -> Judged:
+            problems = [task.train[i] for i in indices]
+            rollouts = self.drawing.draw(state.model, problems, config.n, jr.fold_in(key, turn))
+            clock.lap("rollout_s")
+            scores = self.drawing.wording.judge(task, problems, rollouts)
+            clock.lap("reward_s")
+            return Judged(rollouts, indices, scores.total, scores.by_reward)
+
+        order = in_order(task.train, config.seed, self.cursor)
+        judged, drawn, self.cursor = gather(order, draw, config.prompts, dynamic=algorithm.dynamic_sampling, most_draws=config.most_draws)
+        everything = Judged.together(drawn)
+        best = sum(weight for weight in task.weights.values() if weight > 0)
+        metrics: dict[str, Any] = describe(everything.rollouts, everything.rewards, everything.by_reward, best) | {"draws": len(drawn)}
+
+        batch = policy_batch(judged.rollouts, judged.rewards, seq=self.drawing.row)
+        batch = batch._replace(old_log_probs=self.log_probs(state.model, batch))
+        gap = check_gap(batch, self.gap_limit, self.drawing.wording.tokenizer.tokens_of)
+        metrics |= {"gap": gap.mean, "gap_max": gap.largest}
+        penalty = None
+        if self.reference is not None:
+            batch = batch._replace(reference_log_probs=self.log_probs(self.reference, batch))
+            if config.kl == "k1":
+                penalty = config.kl_weight * np.sum(batch.old_log_probs - batch.reference_log_probs, axis=1)
+        lengths = {"most": self.drawing.longest, "overlong_buffer": config.overlong_buffer}
+        advantages = advantages_of(algorithm, judged, self.baseline, **lengths, kl_of_answers=penalty)
+        batch = batch._replace(advantages=np.nan_to_num(advantages[:, None]).astype(np.float32) * batch.loss_weights)
+        metrics["idle"] = bool(np.all(batch.advantages == 0))
+        clock.lap("check_s")
+
+        rate = config.peak * min(1.0, (index + 1) / RISE)
+        told = []
+        for i in range(config.passes):
+            for part in parts_of(batch, config.parts, (config.seed, index, i)):
+                state, of_update = self.step(state, jax.tree.map(jnp.asarray, part), rate)
+                told.append(of_update)
+        metrics |= {"learning_rate": rate, **of_updates(jax.device_get(told))}
+        clock.lap("update_s")
+        metrics |= {**clock.seconds, "rollout_tokens_per_s": metrics["tokens_generated"] / clock.seconds["rollout_s"]}
+        return Iteration(index + 1, state, metrics, judged, advantages)
+
+
+class Iteration(NamedTuple):
+    done: int
+    state: TrainState
+    metrics: dict[str, Any]
+    judged: Judged  # what was learned from
+    advantages: np.ndarray
+
+
+def reinforce(config: Config, folder: Path, model: AbstractLM, given: str, drawing: Drawing, device: jax.Device) -> dict[str, Any]:
+    """From the start to the last step, looking at held-out problems now and then. Returns the results. `given`: the digest of what the
+    whole run began with."""
+    task, tokenizer, flight, ops = drawing.task, drawing.wording.tokenizer, drawing.flight, drawing.ops
+    optimizer = build_optimizer(config.optimizer)
+    kl: dict[str, Any] = {"importance_cap": config.importance_cap, "kl_weight": config.kl_weight, "kl": config.kl}
+    chunk = config.step.loss_chunk
+    objective = policy_objective(config.chosen, flight, ops, sampler=drawing.sampler, most=drawing.longest, **kl, chunk=chunk)
+    compiled = make_step(optimizer, config.step, flight, ops, jr.key(config.seed), donate=not config.debug_nans, objective=objective)
+    step = debug_nans(compiled) if config.debug_nans else compiled
+    log_probs = make_log_probs(flight, ops, drawing.sampler, rows=config.rows // config.step.micro_batches, chunk=chunk)
+    identity = {"start": digest(eqx.filter(model, eqx.is_array)), "tokenizer": tokenizer.digest, "task": task.name}
+    ks = sorted({1, config.answers})
+
+    def fresh_state() -> TrainState:
+        return init_state(jax.tree.map(jnp.copy, model), optimizer)  # the start itself stays: steps are given their state
+
+    def look(state: TrainState, done: int, problems: int) -> np.ndarray:
+        key = jr.fold_in(jr.key(config.seed + 1), done)
+        return drawing.solved(state.model, task.held_out[:problems], config.answers, key, rows=config.rows)
+
+    with Checkpoints(folder / "checkpoints", keep_latest=config.keep_latest) as checkpoints:
+        found = restore(checkpoints, jax.eval_shape(fresh_state), identity, config.steps)
+        state, start, record = found or (fresh_state(), 0, {"cursor": 0, "baseline": None, "train_s": 0.0})
+        state = replace(state, step=state.step * config.passes * config.parts)  # it counts updates
+        reference = model if config.kl_weight else None
+        config = config if config.gap_limit is not None else calibrated(config, model, drawing, log_probs)
+        assert config.gap_limit is not None
+        learner = Learner(
+            config, drawing, step, log_probs, reference, config.gap_limit, RunningMean(value=record["baseline"]), record["cursor"]
+        )
+        train_s, idle = record["train_s"], 0
+        session = session_facts(device, ops, flight, peak_flops(device))
+        facts = {"model_type": model.config.model_type, "parameters": model.n_params, **model.config.model_dump()}
+        begun = {} if config.model is None else {"continued_from": continued_from(config.model, given)}
+        manifest: dict[str, Any] = {
+            **begun,
+            "task": task.name,
+            "algorithm": vars(config.chosen),
+            "model": facts,
+            "seed": config.seed,
+            "identity": identity,
+        }
+        manifest |= {"steps": config.steps, "tokenizer": {"digest": tokenizer.digest, "vocab": tokenizer.vocab_size}}
+        manifest["sessions"] = begin_session("grpo_arithmetic", folder, config, start, session)
+        write_json(folder / "manifest.json", json_safe(manifest))
+        with (
+            trackers_of(config, folder, "grpo_arithmetic", start + 1) as trackers,
+            RunLog(folder, total_steps=config.steps, start_step=start + 1 if start else 0, trackers=trackers) as log,
+            interruptible() as interrupt,
+        ):
+            if start == 0:
+                log.log(0, minutes=0.0, **pass_metrics(look(state, 0, len(task.held_out)), ks))
+
+            def iterations(state: TrainState) -> Iterator[Iteration]:
+                for index in range(start, config.steps):
+                    iteration = learner.iterate(state, index)
+                    state = iteration.state
+                    yield iteration
+
+            with watched(iterations(state), config, folder) as training:
+                for done, state, metrics, judged, advantages in training:
+                    train_s += sum(metrics[name] for name in Clock.PARTS)
+                    log.log(done, minutes=train_s / 60, **metrics)
+                    last = done == config.steps
+                    idle = idle + 1 if metrics["idle"] else 0
+                    if idle and idle & (idle - 1) == 0:  # at 1, 2, 4, 8, …
+                        logger.warning(nothing_learned(idle, metrics))
+                    if done % config.validate_every == 0 or last:
+                        solved = look(state, done, len(task.held_out) if last else config.validate_rows)
+                        log.log(done, minutes=train_s / 60, **pass_metrics(solved, ks))
+                        log.message(f"step {done}: held-out pass@1 {pass_at_k(solved, 1)}, pass@{ks[-1]} {pass_at_k(solved, ks[-1])}")
+                    if done % config.sample_every == 0 or last:
+                        log.show(keep_rollouts(folder, done, judged, advantages, tokenizer.tokens_of))
+                    if done % config.save_every == 0 or last or interrupt.due(done):
+                        kept = {"identity": identity, "cursor": learner.cursor, "baseline": learner.baseline.value, "train_s": train_s}
+                        kept |= {"model_type": model.config.model_type, "model": model.config.model_dump(), "use_average": False}
+                        checkpoints.save(done, state.items(), kept)
+                    if interrupt.due(done):
+                        checkpoints.wait()
+                        resume = how_to_resume(folder, "grpo_arithmetic")
+                        log.message(f"stopped at step {done} of {config.steps}, everything saved. Go on with:\n  {resume}")
+                        raise SystemExit(interrupt.exit_status)
+
+    results = summary(folder, config, train_s, ks)
+    export(state.model, tokenizer, folder / "export", manifest=json_safe(manifest), results=results)
+    write_json(folder / "results.json", results)
+    return results
+
+
+def calibrated(config: Config, model: AbstractLM, drawing: Drawing, log_probs: Any) -> Config:
+    """The config with a limit on the gap between sampler and trainer."""
+    if drawing.flight.dtype == "float32":
+        return config.model_copy(update={"gap_limit": FP32_GAP})
+    gaps = []
+    for i in range(3):
+        rollouts = drawing.draw(model, drawing.task.train[: config.prompts], config.n, jr.fold_in(jr.key(config.seed + 3), i))
+        batch = policy_batch(rollouts, np.ones(len(rollouts)), seq=drawing.row)
+        gaps.append(gap_of(batch._replace(old_log_probs=log_probs(model, batch))).largest)
+    shown = ", ".join(f"{gap:.2e}" for gap in gaps)
+    logger.info(
+        f"sampler and trainer in {drawing.flight.dtype}: largest gaps of three draws {shown} nats; the limit is {3 * max(gaps):.2e}"
+    )
+    return config.model_copy(update={"gap_limit": 3 * max(gaps)})
+
+
+class Clock:
+    """Where the seconds of a step go."""
+
+    PARTS = ("rollout_s", "reward_s", "check_s", "update_s")
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(self.PARTS, 0.0)
+        self._last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        """The time since the last lap belongs to this part."""
+        now = time.perf_counter()
+        self.seconds[part] += now - self._last
+        self._last = now
+
+
+def of_updates(told: list[dict[str, Any]]) -> dict[str, float]:
+    """The numbers of the updates of one step: their mean; the largest of those called so; the last of what counts up."""
+    numbers = {name: [float(update[name]) for update in told] for name in told[0] if name not in ("update_ratio", "tokens", "sigmas")}
+    joined = {name: max(values) if name.endswith("_max") else float(np.mean(values)) for name, values in numbers.items()}
+    ratios = {f"update_ratio/{role}": float(value) for role, value in told[-1].get("update_ratio", {}).items() if np.isfinite(value)}
+    return joined | {name: numbers[name][-1] for name in ("skipped", "spikes")} | ratios
+
+
+def nothing_learned(idle: int, metrics: dict[str, Any]) -> str:
+    right, wrong = 100 * metrics["groups_all_right"], 100 * metrics["groups_all_wrong"]
+    return (
+        f"{idle} steps on end had nothing to learn from: in each group all answers were worth the same ({right:.0f}% of groups all right, "
+        f"{wrong:.0f}% all wrong). Is the task too easy or too hard for this model?"
+    )
+
+
+# ------------------------------------------------------------------------------------------- report
+
+
+def summary(folder: Path, config: Config, train_s: float, ks: list[int]) -> dict[str, Any]:
+    """Before and after, and where the time went."""
+    lines = read_metrics(folder / "metrics.jsonl")
+    looks = [line for line in lines if "pass@1" in line]
+    steps = [line for line in lines if "reward" in line]
+    spent = {part: sum(line[part] for line in steps) for part in Clock.PARTS}
+
+    def look(line: dict[str, Any]) -> dict[str, list[float]]:
+        return {f"pass@{k}": [line[f"pass@{k}"], line[f"pass@{k}_low"], line[f"pass@{k}_high"]] for k in ks}
+
+    return {
+        "steps": config.steps,
+        "algorithm": config.algorithm,
+        "seed": config.seed,
+        "minutes": train_s / 60,
+        "train_s": train_s,
+        "before": look(looks[0]),
+        "after": look(looks[-1]),
+        "largest_gap": max(line["gap_max"] for line in steps),
+        "share_of_time": {part.removesuffix("_s"): seconds / sum(spent.values()) for part, seconds in spent.items()},
+        "rollout_tokens_per_s": float(np.median([line["rollout_tokens_per_s"] for line in steps])),
+        "tokens_generated": int(sum(line["tokens_generated"] for line in steps)),
+    }
+
+
+def show(results: dict[str, Any]) -> None:
+    """On the screen, what came of it."""
+
+    def words(measured: list[float]) -> str:
+        return f"{Share(*measured)}"
+
+    print(f"\nheld-out problems, seed {results['seed']}, {results['algorithm']}, {results['minutes']:.1f} minutes of RL")
+    for k in results["before"]:
+        print(f"  {k:8} before {words(results['before'][k]):26} after {words(results['after'][k])}")
+    if control := results.get("control"):
+        print(
+            f"  control: {control['minutes']:.1f} more minutes of imitation: best {words(control['best'])}, last {words(control['last'])}"
+        )
+    shares = ", ".join(f"{name} {100 * share:.0f}%" for name, share in results["share_of_time"].items())
+    print(f"  time: {shares}; {results['rollout_tokens_per_s']:,.0f} rollout tokens/s; largest gap {results['largest_gap']:.1e} nats")
+
+
+def json_safe(value: Any) -> Any:
+    """Infinities as words: JSON has none."""
+    if isinstance(value, dict):
+        return {name: json_safe(each) for name, each in value.items()}
+    return str(value) if isinstance(value, float) and not np.isfinite(value) else value
+
+
+if __name__ == "__main__":
+    chosen = parse(Config, __doc__ or "", recipe="grpo_arithmetic")
+    try:
+        main(chosen)
+    except (*ENDS_IN_WORDS, RewardError, GapError) as error:
+        fail(str(error))

@@ -1,0 +1,68 @@
+"""Confidence intervals beside figures worked out by hand or known from books."""
+
+import math
+
+import numpy as np
+import pytest
+
+from train.intervals import Z, bootstrap_ratio, mean_of_groups, wilson
+
+
+def test_wilson_is_where_the_share_is_z_standard_errors_away() -> None:
+    """Its defining equation: (p̂ - p)² = Z² p(1 - p) / n at both ends."""
+    for right, n in ((1, 10), (541, 1000), (7, 7), (0, 5)):
+        found = wilson(right, n)
+        for p in (found.low, found.high):
+            assert (right / n - p) ** 2 == pytest.approx(Z**2 * p * (1 - p) / n, abs=1e-12)
+    assert wilson(0, 5).low == 0
+    assert wilson(7, 7).high == 1
+
+
+def test_wilson_by_hand() -> None:
+    """8 of 10: (0.8 + 0.19207 ± 1.95996 √(0.016 + 0.0096036)) / 1.38415."""
+    found = wilson(8, 10)
+    assert (found.value, found.n) == (0.8, 10)
+    assert found.low == pytest.approx(0.4901625, abs=1e-6)
+    assert found.high == pytest.approx(0.9433178, abs=1e-6)
+
+
+def test_the_mean_of_groups_counts_each_group_the_same() -> None:
+    found = mean_of_groups([90, 5], [100, 10])
+    assert found.value == pytest.approx(0.7)  # not 95 of 110
+    error = math.sqrt(0.9 * 0.1 / 100 + 0.5 * 0.5 / 10) / 2
+    assert (found.low, found.high) == pytest.approx((0.7 - Z * error, 0.7 + Z * error))
+    assert found.n == 110
+
+
+def test_the_bootstrap_holds_the_truth_19_times_of_20() -> None:
+    """Documents whose ratio is 2 by making: the interval should miss it in 5 % of draws; 12 of 120 is three standard errors off."""
+    rng = np.random.default_rng(0)
+    missed = 0
+    for seed in range(120):
+        bytes_ = rng.integers(50, 500, 60)
+        bits = bytes_ * rng.normal(2.0, 0.5, 60)
+        found = bootstrap_ratio(bits, bytes_, seed=seed)
+        missed += not found.low <= 2.0 <= found.high
+    assert 0 < missed <= 13
+
+
+def test_the_bootstrap_is_near_the_law_of_large_numbers_and_repeats() -> None:
+    rng = np.random.default_rng(3)
+    bytes_ = np.full(400, 100)
+    bits = rng.normal(150, 30, 400)
+    found = bootstrap_ratio(bits, bytes_, seed=5)
+    error = bits.std() / 100 / math.sqrt(400)
+    assert found.value == pytest.approx(bits.sum() / 40_000)
+    assert found.high - found.low == pytest.approx(2 * Z * error, rel=0.1)
+    assert found == bootstrap_ratio(bits, bytes_, seed=5)
+
+
+def test_one_document_has_no_interval() -> None:
+    found = bootstrap_ratio([3.0], [2.0], seed=0)
+    assert (found.value, found.low, found.high, found.interval) == (1.5, None, None, "none: one document")
+
+
+@pytest.mark.parametrize(("right", "n"), [(3, 2), (-1, 2), (0, 0)])
+def test_counts_that_cannot_be_are_refused(right: int, n: int) -> None:
+    with pytest.raises(ValueError, match="expected 0 <= right <= n"):
+        wilson(right, n)
