@@ -24,7 +24,6 @@ from typing import Annotated, Any, Literal
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import tyro
@@ -225,12 +224,15 @@ def run(config: Experiment, folder: Path, recipe: str) -> None:
     # Optimizer and step. Moments begin at zero: the text is another.
     optimizer = build_optimizer(config.optimizer)
 
-    def fresh_state() -> TrainState:
-        own = adapted(jax.tree.map(jnp.array, model), config.adapter, key=adapter_key)  # its own arrays: the step takes those it is given
-        trained = trained_part(own, config.adapter, also)
-        return init_state(own, optimizer, frozen=config.optimizer.frozen, trainable=trained, average=config.average.name != "none")
-
-    begun = fresh_state()
+    tuned = adapted(model, config.adapter, key=adapter_key)
+    # It holds the arrays of `model`, which the first step takes: by then all has been measured that is to be.
+    begun = init_state(
+        tuned,
+        optimizer,
+        frozen=config.optimizer.frozen,
+        trainable=trained_part(tuned, config.adapter, also),
+        average=config.average.name != "none",
+    )
     n_trained = sum(leaf.size for leaf in jax.tree.leaves(begun.trainable))
     logger.info(f"adapter: {config.adapter.kind}; {n_trained:,} numbers are trained")
 

@@ -9,10 +9,9 @@ is forgotten), small tasks and tool calls with intervals, and answers to fixed p
     python -m recipes.sft_smollm2 smollm2-135m-instruct/ --data calls.json --template chatml --adapter.kind lora
     python -m recipes.sft_smollm2 --resume
 
-Without `--adapter.kind` all weights are trained. `docs/sft.md` has the figures of real runs.
+Without `--adapter.kind` all weights are trained.
 
-Sources of the settings: AdamW, a peak of 1e-4 and two passes are a single guess between the 1e-3 of SmolLM2-135M-Instruct's own recipe (a
-base model, half a million conversations) and what a thousand examples bear.
+Sources of the settings: AdamW, a peak of 1e-4 and two passes are a single guess, for a thousand examples.
 """
 
 from pathlib import Path

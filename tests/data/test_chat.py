@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from conversations import CALL, TIME, WEATHER
 
 from data.chat import CHATML, ChatFormat, Example
@@ -136,18 +137,30 @@ def test_a_template_that_knows_no_tools_is_refused_for_a_conversation_that_has_s
         form_of(tokenizer, SMOLLM2).encode(Conversation(CALLS, (WEATHER,)))
 
 
-def test_a_tokenizer_with_a_space_before_every_text_is_refused() -> None:
-    import tokenizers
-
+@pytest.fixture(scope="module")
+def spacious() -> Tokenizer:
+    """As Llama 2's: a space before every text and after every special token."""
     core = tokenizers.Tokenizer(tokenizers.models.BPE())
-    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
-    core.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(
-        ["a b"], tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<|im_end|>"])
+    prepend, replace = tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")
+    core.normalizer = tokenizers.normalizers.Sequence([prepend, replace])
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=90, special_tokens=["<s>", "</s>"], show_progress=False)
+    core.train_from_iterator(["[INST]", "Hi", "there", "2?", "[/INST]", "Hello", "two"] * 3, trainer)  # no token goes over a space
+    return Tokenizer(core, bos="<s>", eos="</s>", pad=None)
+
+
+def test_a_tokenizer_that_puts_a_space_before_every_text_puts_none_inside_of_one(spacious) -> None:
+    llama2 = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m.content | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
     )
-    with pytest.raises(ValueError, match="with a space put before every text"):
-        ChatFormat(Tokenizer(core, bos=None, eos="<|im_end|>", pad=None, chat_templates={"default": CHATML}))
+    form = form_of(spacious, llama2)
+    example = form.encode(Conversation(TALK[1:]))[0]
+    np.testing.assert_array_equal(example.tokens, form.tokenizer.encode_with_specials(form.tokenizer.render_chat(TALK[1:])))
+    assert learned(form, TALK[1:]) == [[" Hello </s>", " two </s>"]]
+    with pytest.raises(
+        ValueError, match=r"puts a space before every text, and the chat template has none between .*INST.* and the answer 'b"
+    ):
+        form_of(spacious, llama2.replace("' ' + m.content", "m.content"))
 
 
 def test_generating_stops_at_the_end_of_a_turn_and_of_a_text(tokenizer) -> None:
