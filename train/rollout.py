@@ -9,7 +9,6 @@ was really sampled* (temperature and truncation included) and that distribution'
     columns     the tokens of an answer, its stop id included, -1 after its end
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -148,7 +147,7 @@ def _start(model: AbstractLM, tokens: Array, lengths: Array, slots: int, keys: A
     return prefill(put_on_flight(model, flight, ops), tokens, lengths, slots, keys, jnp.dtype(flight.dtype), False, ops)
 
 
-@functools.partial(eqx.filter_jit, donate="all-except-first")
+@eqx.filter_jit(donate="all-except-first")
 def _draw(
     model: AbstractLM, state: Decoding, left: Array, stop_ids: Array, sampler: Sampler, most: int, flight: Flight, ops: Ops
 ) -> tuple[Decoding, tuple[Array, Array, Array]]:
@@ -188,7 +187,7 @@ def _draw(
     return state, out
 
 
-@functools.partial(eqx.filter_jit, donate="all-except-first")
+@eqx.filter_jit(donate="all-except-first")
 def _read(
     model: AbstractLM, state: Decoding, said: Int[Array, "rows columns"], waiting: Bool[Array, " rows"], flight: Flight, ops: Ops
 ) -> Decoding:
