@@ -87,7 +87,7 @@ class Config(RunConfig):
     n_heads: int = Field(4, gt=0, description="heads of a fresh model")
     d_ff: int = Field(176, gt=0, description="hidden width of a fresh model's MLPs")
 
-    warm_examples: int = Field(400, ge=0, description="worked examples imitated before RL; 0: none, begin with RL")
+    warm_examples: int = Field(700, ge=0, description="worked examples imitated before RL; 0: none, begin with RL")
     warm_batch: int = Field(128, gt=0, description="examples a step")
     warm_peak: float = Field(3e-3, gt=0, description="learning rate of imitation")
     warm_steps: int = Field(3000, gt=0, description="steps of imitation at most")

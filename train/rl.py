@@ -122,7 +122,7 @@ def parts_of(batch: PolicyBatch, parts: int, seed: tuple[int, ...]) -> Iterator[
     rows = len(batch.tokens)
     order = np.arange(rows) if parts == 1 else np.random.default_rng(seed).permutation(rows)
     for some in np.split(order, parts):
-        yield PolicyBatch(*(None if field is None else field[some] for field in batch))  # type: ignore[arg-type]
+        yield jax.tree.map(lambda field, some=some: field[some], batch)
 
 
 # ------------------------------------------------------------------------------------------- what is told
