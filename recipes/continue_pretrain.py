@@ -40,7 +40,7 @@ from data.pipeline import batch_at, evaluation_batches, train_batches
 from data.rows import Mixture, describe_rows, training_rows
 from data.sources import Source, open_source
 from data.tokenizer import Tokenizer
-from lm.base import AbstractLM, leaves_by_path, role
+from lm.base import AbstractLM
 from lm.digests import digest
 from lm.hf import abstract
 from recipes.command_line import CONFIG_FILE, claimed, fail, how_to_resume, parse, resumable
@@ -61,6 +61,7 @@ from recipes.running import (
     watched,
 )
 from train.averages import AverageConfig, average_rate
+from train.backends import attention_of
 from train.checkpoint import Checkpoints
 from train.debug import debug_nans
 from train.lineage import continued_from
@@ -133,11 +134,7 @@ def run(config: Config, folder: Path) -> None:
     seq = config.seq or min(shape.context, 1024)
     if seq > shape.context:
         raise ValueError(f"--seq {seq} is more than the context of this model, {shape.context}")
-    softcap = getattr(shape, "attention_softcap", None)
-    sinks = any(role(path) == "attn.sinks" for path in leaves_by_path(model))
-    ops, flight = choose_flight(
-        config, device_facts(device), n_layers=shape.n_layers, head_dim=shape.head_dim, seq=seq, softcap=softcap, sinks=sinks
-    )
+    ops, flight = choose_flight(config, device_facts(device), n_layers=shape.n_layers, seq=seq, **attention_of(model))
     tokenizer.save(folder / "tokenizer", model_max_length=shape.context)
     logger.info(f"model: {origin}, {shape.model_type}, {model.n_params:,} parameters, context {shape.context}; rows of {seq} tokens")
     logger.info(f"on {device.device_kind}: kernels {ops.name}, {flight.dtype}, layers as a {flight.layers}, remat {flight.remat}")

@@ -55,6 +55,7 @@ from recipes.running import (
 )
 from recipes.wording import Wording
 from train.adapters import AdapterConfig, adapted, trained_part
+from train.backends import attention_of
 from train.checkpoint import Checkpoints
 from train.debug import debug_nans
 from train.lineage import continued_from
@@ -130,10 +131,7 @@ def run(config: Config, folder: Path) -> None:
     check_start(config, folder)
     model, tokenizer, origin = load(config.source)
     wording = Wording.of(tokenizer)
-    head_dim = getattr(model.config, "head_dim", model.config.d_model // model.config.n_heads)
-    softcap = getattr(model.config, "attention_softcap", None)
-    layers = len(model.blocks)
-    ops, flight = choose_flight(config, device_facts(device), n_layers=layers, head_dim=head_dim, seq=config.seq, softcap=softcap)
+    ops, flight = choose_flight(config, device_facts(device), n_layers=len(model.blocks), seq=config.seq, **attention_of(model))
     logger.info(f"model: {model.n_params:,} parameters, from {origin}; on {device.device_kind}: kernels {ops.name}, {flight.dtype}")
     if not config.resume:
         save_config(config, folder)

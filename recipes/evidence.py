@@ -15,12 +15,13 @@ from loguru import logger
 
 from data.sources import Source, open_source
 from data.tokenizer import Tokenizer
-from lm.base import AbstractLM, leaves_by_path, role
+from lm.base import AbstractLM
 from lm.models import load_pretrained
 from recipes.corpus import encode, fewer_held_out
 from recipes.loading import is_run
 from recipes.report import nats_of
 from recipes.running import RunConfig, choose_flight
+from train.backends import attention_of
 from train.card import NOT_COMPARED
 from train.intervals import bootstrap_ratio
 from train.lineage import record_of
@@ -107,9 +108,7 @@ def held_out_text(source: str) -> Source | None:
 def held_out_bits(model: AbstractLM, tokenizer: Tokenizer, text: Source) -> dict[str, dict[str, Any]]:
     """Bits per byte of the held-out part, in the shape of the card's evaluations; the interval is that over documents."""
     device, shape, seq = choose_device("auto"), model.config, min(model.config.context, 1024)
-    sinks = any(role(path) == "attn.sinks" for path in leaves_by_path(model))
-    drawing = {"n_layers": shape.n_layers, "head_dim": shape.head_dim, "seq": seq, "sinks": sinks}
-    ops, flight = choose_flight(RunConfig(), device_facts(device), softcap=getattr(shape, "attention_softcap", None), **drawing)
+    ops, flight = choose_flight(RunConfig(), device_facts(device), n_layers=shape.n_layers, seq=seq, **attention_of(model))
     held_out = encode(text.held_out, tokenizer, text, "held_out")
     logger.info(f"measuring {len(held_out)} held-out documents with {ops.name}, {flight.dtype}")
     nats, _ = nats_of(make_token_nats(flight, ops), in_dtype(model, "float32"), held_out, batch=16, seq=seq)

@@ -55,6 +55,7 @@ from recipes.running import (
 )
 from recipes.wording import Wording
 from train.advantages import RunningMean
+from train.backends import attention_of
 from train.checkpoint import Checkpoints
 from train.debug import debug_nans
 from train.groups import Judged, advantages_of, check_group, gather
@@ -181,17 +182,10 @@ def run(config: Config, folder: Path) -> None:
     model, tokenizer, origin = beginning(config, folder)
     given = digest(eqx.filter(model, eqx.is_array))
     wording = Wording.of(tokenizer)
-    head_dim = getattr(model.config, "head_dim", model.config.d_model // model.config.n_heads)
-    ops, flight = choose_flight(
-        config,
-        device_facts(device),
-        n_layers=model.config.n_layers,
-        head_dim=head_dim,
-        seq=64,
-        softcap=getattr(model.config, "softcap", None),
-    )
     sampler = Sampler(config.temperature, config.top_k, config.top_p, config.min_p)
     width = wording.width([*task.train, *task.held_out])
+    seq = width + config.max_new_tokens
+    ops, flight = choose_flight(config, device_facts(device), n_layers=model.config.n_layers, seq=seq, **attention_of(model))
     drawing = Drawing(task, wording, width, config.max_new_tokens, sampler, flight, ops)
     logger.info(
         f"task {task.name}: {len(task.train):,} problems to learn from, {len(task.held_out):,} held out; prompts of up to {width} tokens"

@@ -37,7 +37,7 @@ from recipes.command_line import RecipeConfig, fail
 from recipes.convert import special_ids
 from recipes.loading import load
 from recipes.report import bits_of, nats_of
-from train.backends import choose_backend, choose_weights
+from train.backends import attention_of, choose_backend, choose_weights
 from train.checkpoint import CheckpointError
 from train.logs import plain_messages, write_json
 from train.runtime import DeviceError, choose_device, compilation_cache, device_facts
@@ -111,9 +111,7 @@ def measured(
     """Bits per byte of the text before and after, and how many bytes it has."""
     documents = texts(config)
     seq = min(config.seq, model.config.context)
-    attention = model.blocks[0].attn
-    facts = {"dtype": products, "head_dim": attention.head_dim, "seq": seq, "softcap": attention.softcap}
-    backend = choose_backend(device_facts(device), sinks=attention.sinks is not None, **facts)
+    backend = choose_backend(device_facts(device), dtype=products, seq=seq, **attention_of(model))
     token_nats = make_token_nats(Flight(dtype=products), lm.BACKENDS[backend])
     found = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -16,6 +16,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from lm.base import AbstractLM, leaves_by_path, role
 from lm.kernels import BACKENDS
 
 CUDNN_HEAD_DIM = 128  # as checked by jax.nn.dot_product_attention for its flash kernels
@@ -39,6 +40,15 @@ def choose_weights(device: Mapping[str, Any]) -> Literal["float32", "bfloat16"]:
 
 def _has_bf16(cpu: Mapping[str, Any]) -> bool:
     return "avx512_bf16" in cpu.get("cpu_flags", ())
+
+
+def attention_of(model: AbstractLM) -> dict[str, Any]:
+    """What `choose_backend` asks of a model: `head_dim`, `softcap` (of attention's scores) and `sinks`."""
+    return {
+        "head_dim": model.config.head_dim,
+        "softcap": getattr(model.config, "attention_softcap", None),  # families that never had one have no such field
+        "sinks": any(role(path) == "attn.sinks" for path in leaves_by_path(model)),
+    }
 
 
 def choose_backend(

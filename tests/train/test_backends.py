@@ -1,8 +1,9 @@
 """The rule that chooses kernels, row by row."""
 
 import pytest
+from tiny import tiny
 
-from train.backends import choose_backend, choose_dtype, choose_weights
+from train.backends import attention_of, choose_backend, choose_dtype, choose_weights
 
 CPU = {"platform": "cpu", "device_kind": "cpu", "cpu_flags": ["avx2", "avx512_bf16"], "cpu_vendor": "AuthenticAMD"}
 XEON = CPU | {"cpu_vendor": "GenuineIntel"}
@@ -73,3 +74,13 @@ def test_a_name_that_cannot_is_an_error_with_reason_and_remedy(device, changes, 
 @pytest.mark.parametrize("asked", ["reference", "xla", "cpu"])
 def test_a_name_that_can_is_taken_as_it_is(asked):
     assert choose_backend(OLD_CPU, **MODEL, asked=asked) == asked
+
+
+@pytest.mark.parametrize(
+    ("family", "softcap", "sinks"), [("llama", None, False), ("gemma2", 50.0, False), ("gpt_oss", None, True), ("mixtral", None, False)]
+)
+def test_what_is_asked_of_a_model_is_what_its_layers_do(family, softcap, sinks):
+    model = tiny(family, n_layers=2)
+    layer = model.blocks[0].attn
+    assert attention_of(model) == {"head_dim": layer.head_dim, "softcap": layer.softcap, "sinks": layer.sinks is not None}
+    assert (layer.softcap, layer.sinks is not None) == (softcap, sinks)
