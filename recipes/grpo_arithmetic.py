@@ -15,7 +15,6 @@ Sources of the settings: 64 prompts of 16 answers, temperature 1, no KL, as in D
 2503.20783); the learning rates are single guesses. The table of algorithms is in docs/rl.md.
 """
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -32,7 +31,7 @@ from pydantic import Field, field_validator, model_validator
 
 import lm
 from data.tasks import TASKS
-from data.tasks.problems import RewardError, Share, in_order, pass_at_k
+from data.tasks.problems import RewardError, in_order, pass_at_k
 from data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from lm.base import AbstractLM
 from lm.digests import digest
@@ -40,7 +39,8 @@ from lm.generate import Sampler
 from lm.models.qwen3 import Qwen3Config
 from recipes.command_line import claimed, fail, how_to_resume, parse, resumable
 from recipes.loading import load
-from recipes.rl_stages import Drawing, control, keep_model, pass_metrics, warm_start
+from recipes.rl_report import Clock, json_safe, nothing_learned, of_updates, show, summary
+from recipes.rl_stages import Drawing, control, keep_model, measured_gap_limit, pass_metrics, warm_start
 from recipes.running import (
     ENDS_IN_WORDS,
     RunConfig,
@@ -60,12 +60,12 @@ from train.checkpoint import Checkpoints
 from train.debug import debug_nans
 from train.groups import Judged, advantages_of, check_group, gather
 from train.lineage import continued_from
-from train.logs import RunLog, plain_messages, read_metrics, words_kept, write_json
+from train.logs import RunLog, plain_messages, words_kept, write_json
 from train.loop import interruptible
 from train.optimizers import OptimizerConfig, build_optimizer
 from train.policy import ALGORITHMS, Algorithm, policy_objective
 from train.publish import export
-from train.rl import FP32_GAP, GapError, check_gap, describe, gap_of, make_log_probs, parts_of, policy_batch
+from train.rl import GapError, check_gap, describe, make_log_probs, parts_of, policy_batch
 from train.rollout_view import draw_learning, keep_rollouts
 from train.runtime import choose_device, compilation_cache, device_facts, peak_flops
 from train.step import StepConfig, TrainState, init_state, make_step
@@ -329,7 +329,10 @@ def reinforce(config: Config, folder: Path, model: AbstractLM, given: str, drawi
         state, start, record = found or (fresh_state(), 0, {"cursor": 0, "baseline": None, "train_s": 0.0})
         state = replace(state, step=state.step * config.passes * config.parts)  # it counts updates
         reference = model if config.kl_weight else None
-        config = config if config.gap_limit is not None else calibrated(config, model, drawing, log_probs)
+        if config.gap_limit is None:
+            limit = measured_gap_limit(model, drawing, log_probs, config.prompts, config.n, seed=config.seed + 3)
+            config = config.model_copy(update={"gap_limit": limit})
+            save_config(config, folder)
         assert config.gap_limit is not None
         learner = Learner(
             config, drawing, step, log_probs, reference, config.gap_limit, RunningMean(value=record["baseline"]), record["cursor"]
@@ -337,15 +340,8 @@ def reinforce(config: Config, folder: Path, model: AbstractLM, given: str, drawi
         train_s, idle = record["train_s"], 0
         session = session_facts(device, ops, flight, peak_flops(device))
         facts = {"model_type": model.config.model_type, "parameters": model.n_params, **model.config.model_dump()}
-        begun = {} if config.model is None else {"continued_from": continued_from(config.model, given)}
-        manifest: dict[str, Any] = {
-            **begun,
-            "task": task.name,
-            "algorithm": vars(config.chosen),
-            "model": facts,
-            "seed": config.seed,
-            "identity": identity,
-        }
+        manifest: dict[str, Any] = {} if config.model is None else {"continued_from": continued_from(config.model, given)}
+        manifest |= {"task": task.name, "algorithm": vars(config.chosen), "model": facts, "seed": config.seed, "identity": identity}
         manifest |= {"steps": config.steps, "tokenizer": {"digest": tokenizer.digest, "vocab": tokenizer.vocab_size}}
         manifest["sessions"] = begin_session("grpo_arithmetic", folder, config, start, session)
         write_json(folder / "manifest.json", json_safe(manifest))
@@ -387,110 +383,10 @@ def reinforce(config: Config, folder: Path, model: AbstractLM, given: str, drawi
                         log.message(f"stopped at step {done} of {config.steps}, everything saved. Go on with:\n  {resume}")
                         raise SystemExit(interrupt.exit_status)
 
-    results = summary(folder, config, train_s, ks)
+    results = summary(folder, train_s, ks, steps=config.steps, algorithm=config.algorithm, seed=config.seed)
     export(state.model, tokenizer, folder / "export", manifest=json_safe(manifest), results=results)
     write_json(folder / "results.json", results)
     return results
-
-
-def calibrated(config: Config, model: AbstractLM, drawing: Drawing, log_probs: Any) -> Config:
-    """The config with a limit on the gap between sampler and trainer."""
-    if drawing.flight.dtype == "float32":
-        return config.model_copy(update={"gap_limit": FP32_GAP})
-    gaps = []
-    for i in range(3):
-        rollouts = drawing.draw(model, drawing.task.train[: config.prompts], config.n, jr.fold_in(jr.key(config.seed + 3), i))
-        batch = policy_batch(rollouts, np.ones(len(rollouts)), seq=drawing.row)
-        gaps.append(gap_of(batch._replace(old_log_probs=log_probs(model, batch))).largest)
-    shown = ", ".join(f"{gap:.2e}" for gap in gaps)
-    logger.info(
-        f"sampler and trainer in {drawing.flight.dtype}: largest gaps of three draws {shown} nats; the limit is {3 * max(gaps):.2e}"
-    )
-    return config.model_copy(update={"gap_limit": 3 * max(gaps)})
-
-
-class Clock:
-    """Where the seconds of a step go."""
-
-    PARTS = ("rollout_s", "reward_s", "check_s", "update_s")
-
-    def __init__(self) -> None:
-        self.seconds = dict.fromkeys(self.PARTS, 0.0)
-        self._last = time.perf_counter()
-
-    def lap(self, part: str) -> None:
-        """The time since the last lap belongs to this part."""
-        now = time.perf_counter()
-        self.seconds[part] += now - self._last
-        self._last = now
-
-
-def of_updates(told: list[dict[str, Any]]) -> dict[str, float]:
-    """The numbers of the updates of one step: their mean; the largest of those called so; the last of what counts up."""
-    numbers = {name: [float(update[name]) for update in told] for name in told[0] if name not in ("update_ratio", "tokens", "sigmas")}
-    joined = {name: max(values) if name.endswith("_max") else float(np.mean(values)) for name, values in numbers.items()}
-    ratios = {f"update_ratio/{role}": float(value) for role, value in told[-1].get("update_ratio", {}).items() if np.isfinite(value)}
-    return joined | {name: numbers[name][-1] for name in ("skipped", "spikes")} | ratios
-
-
-def nothing_learned(idle: int, metrics: dict[str, Any]) -> str:
-    right, wrong = 100 * metrics["groups_all_right"], 100 * metrics["groups_all_wrong"]
-    return (
-        f"{idle} steps on end had nothing to learn from: in each group all answers were worth the same ({right:.0f}% of groups all right, "
-        f"{wrong:.0f}% all wrong). Is the task too easy or too hard for this model?"
-    )
-
-
-# ------------------------------------------------------------------------------------------- report
-
-
-def summary(folder: Path, config: Config, train_s: float, ks: list[int]) -> dict[str, Any]:
-    """Before and after, and where the time went."""
-    lines = read_metrics(folder / "metrics.jsonl")
-    looks = [line for line in lines if "pass@1" in line]
-    steps = [line for line in lines if "reward" in line]
-    spent = {part: sum(line[part] for line in steps) for part in Clock.PARTS}
-
-    def look(line: dict[str, Any]) -> dict[str, list[float]]:
-        return {f"pass@{k}": [line[f"pass@{k}"], line[f"pass@{k}_low"], line[f"pass@{k}_high"]] for k in ks}
-
-    return {
-        "steps": config.steps,
-        "algorithm": config.algorithm,
-        "seed": config.seed,
-        "minutes": train_s / 60,
-        "train_s": train_s,
-        "before": look(looks[0]),
-        "after": look(looks[-1]),
-        "largest_gap": max(line["gap_max"] for line in steps),
-        "share_of_time": {part.removesuffix("_s"): seconds / sum(spent.values()) for part, seconds in spent.items()},
-        "rollout_tokens_per_s": float(np.median([line["rollout_tokens_per_s"] for line in steps])),
-        "tokens_generated": int(sum(line["tokens_generated"] for line in steps)),
-    }
-
-
-def show(results: dict[str, Any]) -> None:
-    """On the screen, what came of it."""
-
-    def words(measured: list[float]) -> str:
-        return f"{Share(*measured)}"
-
-    print(f"\nheld-out problems, seed {results['seed']}, {results['algorithm']}, {results['minutes']:.1f} minutes of RL")
-    for k in results["before"]:
-        print(f"  {k:8} before {words(results['before'][k]):26} after {words(results['after'][k])}")
-    if control := results.get("control"):
-        print(
-            f"  control: {control['minutes']:.1f} more minutes of imitation: best {words(control['best'])}, last {words(control['last'])}"
-        )
-    shares = ", ".join(f"{name} {100 * share:.0f}%" for name, share in results["share_of_time"].items())
-    print(f"  time: {shares}; {results['rollout_tokens_per_s']:,.0f} rollout tokens/s; largest gap {results['largest_gap']:.1e} nats")
-
-
-def json_safe(value: Any) -> Any:
-    """Infinities as words: JSON has none."""
-    if isinstance(value, dict):
-        return {name: json_safe(each) for name, each in value.items()}
-    return str(value) if isinstance(value, float) and not np.isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from recipes.wording import Wording
 from train.logs import progress
 from train.optimizers import OptimizerConfig, build_optimizer
 from train.publish import building, in_dtype, write_model
+from train.rl import FP32_GAP, gap_of, policy_batch
 from train.rollout import Rollouts, roll_out
 from train.step import StepConfig, init_state, make_step
 
@@ -200,3 +201,19 @@ def keep_model(model: AbstractLM, tokenizer: Tokenizer, folder: Path) -> None:
     """A Hugging Face folder in fp32, whole or not there."""
     with building(folder) as beside:
         write_model(in_dtype(model, "float32"), tokenizer, beside)
+
+
+def measured_gap_limit(model: AbstractLM, drawing: Drawing, log_probs: Any, prompts: int, n: int, *, seed: int) -> float:
+    """By how many nats sampler and trainer may differ on a token: 1e-4 in fp32, else three times the largest gap of three draws."""
+    if drawing.flight.dtype == "float32":
+        return FP32_GAP
+    gaps = []
+    for i in range(3):
+        rollouts = drawing.draw(model, drawing.task.train[:prompts], n, jr.fold_in(jr.key(seed), i))
+        batch = policy_batch(rollouts, np.ones(len(rollouts)), seq=drawing.row)
+        gaps.append(gap_of(batch._replace(old_log_probs=log_probs(model, batch))).largest)
+    shown = ", ".join(f"{gap:.2e}" for gap in gaps)
+    logger.info(
+        f"sampler and trainer in {drawing.flight.dtype}: largest gaps of three draws {shown} nats; the limit is {3 * max(gaps):.2e}"
+    )
+    return 3 * max(gaps)

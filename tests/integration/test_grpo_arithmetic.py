@@ -104,7 +104,7 @@ def test_every_step_is_told_in_full(run) -> None:
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     for line in steps:
         assert not [name for name in [*EVERY_STEP, "kl"] if not np.isfinite(line[name])]
-        assert line["gap_max"] < 1e-4
+        assert line["gap_max"] < 1e-4 == load_config(Config, folder).gap_limit  # written down by the run
         assert line["grad_norm"] > 0
     assert steps[0]["reward"] > 0
     looks = [line for line in read_metrics(folder / "metrics.jsonl") if "pass@1" in line]

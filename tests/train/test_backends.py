@@ -80,7 +80,7 @@ def test_a_name_that_can_is_taken_as_it_is(asked):
     ("family", "softcap", "sinks"), [("llama", None, False), ("gemma2", 50.0, False), ("gpt_oss", None, True), ("mixtral", None, False)]
 )
 def test_what_is_asked_of_a_model_is_what_its_layers_do(family, softcap, sinks):
-    model = tiny(family, n_layers=2)
+    model = tiny(family)
     layer = model.blocks[0].attn
     assert attention_of(model) == {"head_dim": layer.head_dim, "softcap": layer.softcap, "sinks": layer.sinks is not None}
     assert (layer.softcap, layer.sinks is not None) == (softcap, sinks)
