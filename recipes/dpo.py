@@ -40,6 +40,7 @@ from lm.flight import put_on_flight
 from lm.generate import Sampler
 from recipes.command_line import claimed, fail, how_to_resume, parse, resumable
 from recipes.loading import load
+from recipes.prompting import Prompting
 from recipes.rl_stages import Drawing, pass_metrics
 from recipes.running import (
     ENDS_IN_WORDS,
@@ -53,7 +54,6 @@ from recipes.running import (
     trackers_of,
     watched,
 )
-from recipes.wording import Wording
 from train.adapters import AdapterConfig, adapted, trained_part
 from train.backends import attention_of
 from train.checkpoint import Checkpoints
@@ -130,7 +130,7 @@ def run(config: Config, folder: Path) -> None:
     compilation_cache()
     check_start(config, folder)
     model, tokenizer, origin = load(config.source)
-    wording = Wording.of(tokenizer)
+    prompting = Prompting.of(tokenizer)
     ops, flight = choose_flight(config, device_facts(device), n_layers=len(model.blocks), seq=config.seq, **attention_of(model))
     logger.info(f"model: {model.n_params:,} parameters, from {origin}; on {device.device_kind}: kernels {ops.name}, {flight.dtype}")
     if not config.resume:
@@ -153,10 +153,10 @@ def run(config: Config, folder: Path) -> None:
 
     # Pairs: from the file, or the model's own, drawn once a run.
     task = TASKS[config.task]()
-    width = wording.width([*task.train, *task.held_out])
-    drawing = Drawing(task, wording, width, config.max_new_tokens, Sampler(), flight, ops)
+    width = prompting.width([*task.train, *task.held_out])
+    drawing = Drawing(task, prompting, width, config.max_new_tokens, Sampler(), flight, ops)
     pairs = read_pairs(config.data) if config.data is not None else own_pairs(config, reference, drawing, folder / "pairs.jsonl")
-    rows, kept = rows_of(pairs, wording, config.seq)
+    rows, kept = rows_of(pairs, prompting, config.seq)
     train, held_out = split(rows, kept)
     count = len(train.tokens) // 2
     if count < config.batch:
@@ -254,7 +254,7 @@ def run(config: Config, folder: Path) -> None:
                         if found:
                             log.message(f"step {done}: held-out accuracy {found['val_accuracy']:.3f}, margin {found['val_margin']:.3f}")
                     if done % config.sample_every == 0 or last:
-                        log.message(f"step {done}, to a held-out prompt: {answer_to(plain(state), example, wording)!r}")
+                        log.message(f"step {done}, to a held-out prompt: {answer_to(plain(state), example, prompting)!r}")
                     if done % config.save_every == 0 or last or interrupt.due(done):
                         record = {"identity": identity, "use_average": False, "train_s": time.monotonic() - begin}
                         record |= {"model_type": model.config.model_type, "model": model.config.model_dump(), **kept_apart}
@@ -289,12 +289,12 @@ def own_pairs(config: Config, model: AbstractLM, drawing: Drawing, path: Path) -
             some = problems[at : at + at_once]
             filled = some + [some[0]] * (at_once - len(some))  # one shape for all parts
             rollouts = drawing.draw(model, filled, config.answers, jr.fold_in(jr.key(config.seed), at))
-            solved = drawing.wording.judge(task, filled, rollouts).solved.reshape(at_once, config.answers)
+            solved = drawing.prompting.judge(task, filled, rollouts).solved.reshape(at_once, config.answers)
             for i, problem in enumerate(some):
                 right, wrong = np.flatnonzero(solved[i]), np.flatnonzero(~solved[i])
                 if len(right) and len(wrong):
                     rows = i * config.answers + np.array([rng.choice(right), rng.choice(wrong)])
-                    chosen, rejected = (drawing.wording.text(rollouts.answer(int(row))) for row in rows)
+                    chosen, rejected = (drawing.prompting.text(rollouts.answer(int(row))) for row in rows)
                     lines.append(json.dumps({"prompt": problem.prompt, "chosen": chosen, "rejected": rejected}, ensure_ascii=False))
             bar(at + len(some))
     if not lines:
@@ -307,12 +307,12 @@ def own_pairs(config: Config, model: AbstractLM, drawing: Drawing, path: Path) -
     return read_pairs(path)
 
 
-def rows_of(pairs: list[Pair], wording: Wording, seq: int) -> tuple[PreferenceBatch, list[Pair]]:
+def rows_of(pairs: list[Pair], prompting: Prompting, seq: int) -> tuple[PreferenceBatch, list[Pair]]:
     """Rows of all pairs that fit into `seq` targets, as wide as the longest of them; and those pairs."""
     encoded, kept = [], []
     for pair in pairs:
-        prompt = wording.conversation(pair.messages)
-        answers = [wording.answer(text)[0] for text in (pair.chosen, pair.rejected)]
+        prompt = prompting.conversation(pair.messages)
+        answers = [prompting.answer(text)[0] for text in (pair.chosen, pair.rejected)]
         if len(prompt) + max(map(len, answers)) - 1 <= seq:
             encoded += [(prompt, answer) for answer in answers]
             kept.append(pair)
@@ -350,11 +350,11 @@ def pairs_at(rows: PreferenceBatch, index: int, batch: int, seed: int) -> Prefer
 # ------------------------------------------------------------------------------------------- looks and report
 
 
-def answer_to(model: AbstractLM, rows: PreferenceBatch, wording: Wording, most: int = 64) -> str:
+def answer_to(model: AbstractLM, rows: PreferenceBatch, prompting: Prompting, most: int = 64) -> str:
     """What the model says, greedily, to the prompt of the first pair."""
     prompt = rows.tokens[0, : int(np.argmax(rows.loss_weights[0] > 0)) + 1]
     room = min(most, model.config.context - len(prompt))
-    return wording.text(np.asarray(lm.generate(model, [prompt], max_new_tokens=room, stop_ids=wording.stop_ids)[0], np.int32))
+    return prompting.text(np.asarray(lm.generate(model, [prompt], max_new_tokens=room, stop_ids=prompting.stop_ids)[0], np.int32))
 
 
 def summary(folder: Path, config: Config, total: int) -> dict[str, Any]:

@@ -39,6 +39,7 @@ from lm.generate import Sampler
 from lm.models.qwen3 import Qwen3Config
 from recipes.command_line import claimed, fail, how_to_resume, parse, resumable
 from recipes.loading import load
+from recipes.prompting import Prompting
 from recipes.rl_report import Clock, json_safe, nothing_learned, of_updates, show, summary
 from recipes.rl_stages import Drawing, control, keep_model, measured_gap_limit, pass_metrics, warm_start
 from recipes.running import (
@@ -53,7 +54,6 @@ from recipes.running import (
     trackers_of,
     watched,
 )
-from recipes.wording import Wording
 from train.advantages import RunningMean
 from train.backends import attention_of
 from train.checkpoint import Checkpoints
@@ -181,12 +181,12 @@ def run(config: Config, folder: Path) -> None:
     task = TASKS[config.task]().weighted(config.reward_weights)
     model, tokenizer, origin = beginning(config, folder)
     given = digest(eqx.filter(model, eqx.is_array))
-    wording = Wording.of(tokenizer)
+    prompting = Prompting.of(tokenizer)
     sampler = Sampler(config.temperature, config.top_k, config.top_p, config.min_p)
-    width = wording.width([*task.train, *task.held_out])
+    width = prompting.width([*task.train, *task.held_out])
     seq = width + config.max_new_tokens
     ops, flight = choose_flight(config, device_facts(device), n_layers=model.config.n_layers, seq=seq, **attention_of(model))
-    drawing = Drawing(task, wording, width, config.max_new_tokens, sampler, flight, ops)
+    drawing = Drawing(task, prompting, width, config.max_new_tokens, sampler, flight, ops)
     logger.info(
         f"task {task.name}: {len(task.train):,} problems to learn from, {len(task.held_out):,} held out; prompts of up to {width} tokens"
     )
@@ -258,7 +258,7 @@ class Learner:
             problems = [task.train[i] for i in indices]
             rollouts = self.drawing.draw(state.model, problems, config.n, jr.fold_in(key, turn))
             clock.lap("rollout_s")
-            scores = self.drawing.wording.judge(task, problems, rollouts)
+            scores = self.drawing.prompting.judge(task, problems, rollouts)
             clock.lap("reward_s")
             return Judged(rollouts, indices, scores.total, scores.by_reward)
 
@@ -270,7 +270,7 @@ class Learner:
 
         batch = policy_batch(judged.rollouts, judged.rewards, seq=self.drawing.row)
         batch = batch._replace(old_log_probs=self.log_probs(state.model, batch))
-        gap = check_gap(batch, self.gap_limit, self.drawing.wording.tokenizer.tokens_of)
+        gap = check_gap(batch, self.gap_limit, self.drawing.prompting.tokenizer.tokens_of)
         metrics |= {"gap": gap.mean, "gap_max": gap.largest}
         penalty = None
         if self.reference is not None:
@@ -306,7 +306,7 @@ class Iteration(NamedTuple):
 def reinforce(config: Config, folder: Path, model: AbstractLM, given: str, drawing: Drawing, device: jax.Device) -> dict[str, Any]:
     """From the start to the last step, looking at held-out problems now and then. Returns the results. `given`: the digest of what the
     whole run began with."""
-    task, tokenizer, flight, ops = drawing.task, drawing.wording.tokenizer, drawing.flight, drawing.ops
+    task, tokenizer, flight, ops = drawing.task, drawing.prompting.tokenizer, drawing.flight, drawing.ops
     optimizer = build_optimizer(config.optimizer)
     kl: dict[str, Any] = {"importance_cap": config.importance_cap, "kl_weight": config.kl_weight, "kl": config.kl}
     chunk = config.step.loss_chunk

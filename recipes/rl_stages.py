@@ -20,7 +20,7 @@ from data.tokenizer import Tokenizer
 from lm.base import AbstractLM
 from lm.flight import Flight
 from lm.generate import Sampler
-from recipes.wording import Wording
+from recipes.prompting import Prompting
 from train.logs import progress
 from train.optimizers import OptimizerConfig, build_optimizer
 from train.publish import building, in_dtype, write_model
@@ -34,7 +34,7 @@ class Drawing:
     """How answers are drawn, wherever they are: in training and on held-out problems alike."""
 
     task: Task
-    wording: Wording
+    prompting: Prompting
     width: int  # tokens kept for a prompt
     max_new_tokens: int
     sampler: Sampler
@@ -56,16 +56,16 @@ class Drawing:
         """`n` answers to each problem."""
         return roll_out(
             model,
-            [self.wording.prompt(problem.prompt) for problem in problems],
+            [self.prompting.prompt(problem.prompt) for problem in problems],
             n=n,
             width=self.width,
             max_new_tokens=self.max_new_tokens,
-            stop_ids=self.wording.stop_ids,
+            stop_ids=self.prompting.stop_ids,
             key=key,
             flight=self.flight,
             ops=self.ops,
             sampler=self.sampler,
-            tool=self.wording.tool_calls(self.task.tool),
+            tool=self.prompting.tool_calls(self.task.tool),
         )
 
     def solved(
@@ -78,7 +78,7 @@ class Drawing:
             some = list(problems[at : at + at_once])
             filled = some + [some[0]] * (at_once - len(some))  # one shape for all parts
             rollouts = self.draw(model, filled, n, jr.fold_in(key, part))
-            found.append(self.wording.judge(self.task, filled, rollouts).solved.reshape(at_once, n)[: len(some)])
+            found.append(self.prompting.judge(self.task, filled, rollouts).solved.reshape(at_once, n)[: len(some)])
             if on_part is not None:
                 on_part(at + len(some))
         return np.concatenate(found)
@@ -92,7 +92,7 @@ class Imitation:
     other. The batch of a step is a function of (seed, step)."""
 
     def __init__(self, model: AbstractLM, drawing: Drawing, examples: Sequence[Problem], *, batch: int, peak: float, seed: int) -> None:
-        rows = drawing.wording.rows(examples, drawing.task, drawing.row)
+        rows = drawing.prompting.rows(examples, drawing.task, drawing.row)
         self._rows, self._batch, self._peak, self._seed = rows, min(batch, len(examples)), peak, seed
         optimizer = build_optimizer(OptimizerConfig(name="adamw", beta2=0.99, weight_decay=0.1))
         self._step = make_step(optimizer, StepConfig(ratios_every=0), drawing.flight, drawing.ops, jr.key(seed))

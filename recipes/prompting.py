@@ -14,7 +14,7 @@ from train.rollout import Rollouts, ToolCalls
 
 
 @dataclass(frozen=True)
-class Wording:
+class Prompting:
     """A tokenizer, and whether prompts are turns of a conversation."""
 
     tokenizer: Tokenizer
@@ -23,16 +23,16 @@ class Wording:
     end_id: int  # of them, what an answer to imitate ends with
 
     @staticmethod
-    def of(tokenizer: Tokenizer) -> "Wording":
+    def of(tokenizer: Tokenizer) -> "Prompting":
         """By the chat template where the tokenizer has one; else a prompt is the beginning of a document, and EOS ends it."""
         if tokenizer.chat_templates:
             form = ChatFormat(tokenizer)
             asked, answered = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
             tokens, trained = form.encode(Conversation((asked, answered)))[0]
-            return Wording(tokenizer, form, form.stop_ids, int(tokens[trained][-1]))
+            return Prompting(tokenizer, form, form.stop_ids, int(tokens[trained][-1]))
         if tokenizer.eos_id is None:
             raise ValueError("this tokenizer has neither a chat template nor an EOS token: an answer could never end")
-        return Wording(tokenizer, None, (tokenizer.eos_id,), tokenizer.eos_id)
+        return Prompting(tokenizer, None, (tokenizer.eos_id,), tokenizer.eos_id)
 
     def prompt(self, text: str) -> np.ndarray:
         """Up to where the answer begins."""
