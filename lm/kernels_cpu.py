@@ -290,7 +290,8 @@ def _blocked_forward(
     q: Array, k: Array, v: Array, segments: Array, sinks: Array | None, scale: float, window: int | None, softcap: float | None
 ) -> tuple[Array, Saved]:
     group, seq = q.shape[1:3]
-    outs, log_sums = [], []
+    outs: list[Array] = []
+    log_sums = []
     for lo in range(0, seq, BLOCK):
         hi = min(lo + BLOCK, seq)
         # With a window, keys before the first query's reach are left out, in whole blocks: the products keep regular sizes.

@@ -14,7 +14,7 @@ from tiny import facts_of, packed_batch, tiny
 
 import lm
 from lm.flight import Flight, put_on_flight
-from lm.kernels_cpu import BLOCK, LONG, FEW, FEW_PACKED, SLOTS
+from lm.kernels_cpu import BLOCK, FEW, FEW_PACKED, LONG, SLOTS
 from lm.quant import Int8Rows
 
 HEAD_DIM, SCALE = 8, 0.3
