@@ -13,6 +13,7 @@ import pytest
 from tiny import facts_of, packed_batch, tiny
 
 import lm
+import lm.kernels_cpu as kernels_cpu
 from lm.flight import Flight, put_on_flight
 from lm.kernels_cpu import BLOCK, FEW, FEW_PACKED, LONG, SLOTS
 from lm.quant import Int8Rows
@@ -91,6 +92,14 @@ def test_equals_reference_with_soft_capped_scores(seq, window):
 
 def test_equals_reference_in_a_window_over_a_long_row():
     assert_equals_reference(packed_facts(LONG + 70, padding=13), inputs(LONG + 70), window=200)
+
+
+@pytest.mark.parametrize("window", [None, 20, 70])
+def test_longer_blocks_in_longer_rows_equal_the_reference(monkeypatch, window):
+    monkeypatch.setattr(kernels_cpu, "BLOCK", 8)
+    monkeypatch.setattr(kernels_cpu, "LONG", 100)
+    assert [kernels_cpu.block_of(310, each) for each in (None, 20, 7)] == [16, 16, 8]
+    assert_equals_reference(packed_facts(310, (2,), padding=13), inputs(310, (2,)), window)
 
 
 def test_a_long_row_needs_no_square_matrix():
