@@ -41,7 +41,20 @@ from lm.digests import digest
 from lm.generate import Sampler
 from recipes.command_line import claimed, fail, how_to_resume, parse, resumable
 from recipes.corpus import describe_mixture, describe_packing, describe_source
-from recipes.distilling import OnPolicy, apart, as_teacher, measure, parts_of, show, student_of, taught_batches, texts_of, write_targets
+from recipes.distilling import (
+    Kind,
+    OnPolicy,
+    apart,
+    as_teacher,
+    data_of,
+    measure,
+    parts_of,
+    show,
+    student_of,
+    taught_batches,
+    texts_of,
+    write_targets,
+)
 from recipes.loading import load
 from recipes.report import one_sample
 from recipes.running import (
@@ -81,7 +94,7 @@ class Config(RunConfig):
     )
     student: str = Field("1m", description="the model that learns: one with the same tokenizer, or 1m, 4m, 14m, 30m, 60m for a fresh one")
     data: str = Field("auto", description="what is read, as in pretrain_small or sft_chat; auto: what the run TEACHER was trained on")
-    data_kind: Literal["text", "conversations"] = Field(
+    data_kind: Kind = Field(
         "text", description="text, every token of which counts, or conversations, where what the assistant says does (auto: instructions)"
     )
     overlong: Overlong = Field("split", description="a conversation longer than a row: drop it, truncate its end, or split it at its turns")
@@ -188,7 +201,8 @@ def run(config: Config, folder: Path) -> None:
 
     # Rows to learn from, and what is held out.
     bad: dict[str, Any] = {"overlong": config.overlong, "on_bad_row": config.on_bad_row}
-    texts = texts_of(config.data_kind, config.data, config.teacher, tokenizer, seq=seq, **bad)
+    config = config.model_copy(update={"data": data_of(config.data_kind, config.data, config.teacher)})  # whoever goes on is to know it
+    texts = texts_of(config.data_kind, config.data, tokenizer, seq=seq, **bad)
     describe_source(texts.source)
     rows = training_rows(texts.train, seq=seq, seed=config.seed, packing=config.chosen_packing)
     packing: dict[str, Any] = {"batch": config.batch, "seq": seq, "seed": config.seed, "packing": config.chosen_packing}

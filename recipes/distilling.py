@@ -41,6 +41,8 @@ from train.loop import bits_per_byte
 from train.rl import policy_batch
 from train.rollout import roll_out
 
+Kind = Literal["text", "conversations"]
+
 # ------------------------------------------------------------------------------------------- two models
 
 
@@ -95,19 +97,23 @@ class Texts:
     stop_ids: tuple[int, ...]  # each ends what a student writes
 
 
-def texts_of(
-    kind: Literal["text", "conversations"],
-    spec: str,
-    teacher: Path,
-    tokenizer: Tokenizer,
-    *,
-    seq: int,
-    overlong: Overlong,
-    on_bad_row: OnBadRow,
-) -> Texts:
-    """Opened and encoded. `spec` auto: what the teacher was trained on, or instructions that are made here.
+def data_of(kind: Kind, spec: str, teacher: Path) -> str:
+    """The data by its name: for `auto` what the teacher was trained on, or instructions that are made here.
 
-    **Raises:** `ValueError` where neither is known, or where conversations have no template.
+    **Raises:** `ValueError` where it is not known.
+    """
+    if spec != "auto":
+        return spec
+    known = instructions.NAME if kind == "conversations" else known_text(teacher)
+    if known is None:
+        raise ValueError(f"what {teacher} was trained on is not known: name some text with --data")
+    return known
+
+
+def texts_of(kind: Kind, spec: str, tokenizer: Tokenizer, *, seq: int, overlong: Overlong, on_bad_row: OnBadRow) -> Texts:
+    """Opened and encoded.
+
+    **Raises:** `ValueError` where conversations have no template.
     """
     if kind == "conversations":
         if not tokenizer.chat_templates:
@@ -115,13 +121,10 @@ def texts_of(
                 "--data-kind conversations: this tokenizer has no chat template, so the teacher was never taught to converse: take one "
                 "that recipes.sft_chat has, or --data-kind text"
             )
-        source, form = open_conversations(instructions.NAME if spec == "auto" else spec), ChatFormat(tokenizer)
+        source, form = open_conversations(spec), ChatFormat(tokenizer)
         encoding = Encoding(form, seq, overlong, on_bad_row)
         return Texts(source, encoding.training(source), encoding.cache(source.held_out, source, "held_out"), form.stop_ids)
-    known = known_text(teacher) if spec == "auto" else spec
-    if known is None:
-        raise ValueError(f"what {teacher} was trained on is not known: name some text with --data")
-    source = open_source(known)
+    source = open_source(spec)
     held_out = encode(source.held_out, tokenizer, source, "held_out")
     return Texts(source, encode_training(source, tokenizer, "repeat"), held_out, tuple(stops(tokenizer)))
 

@@ -18,6 +18,7 @@ from recipes import distilling
 from recipes.command_line import parse
 from recipes.distill import Config, main
 from recipes.distilling import student_of
+from recipes.finetuning import known_text
 from recipes.loading import load
 from train.lineage import read
 
@@ -91,6 +92,7 @@ def test_a_student_comes_nearer_to_its_teacher_and_all_is_told(made):
     model, tokenizer, _ = load(folder)
     assert tokenizer.digest == Tokenizer.load(made / "teacher").digest
     assert lm.generate(model, [[1, 2]], max_new_tokens=2)
+    assert known_text(folder) == str(made / "texts")
 
 
 def test_from_what_was_kept_it_learns_alike_and_goes_on_after_a_cut_and_damage(made, tmp_path):
@@ -135,12 +137,12 @@ def test_prompts_are_pieces_of_text_and_what_was_asked(made):
     tokenizer = Tokenizer.load(made / "teacher")
     how = {"flight": None, "ops": None, "sampler": None, "seed": 0, "stop_ids": (), "count": 50, "max_new_tokens": 3}
     opened = {"seq": SEQ, "overlong": "split", "on_bad_row": "error"}
-    text = distilling.texts_of("text", str(made / "texts"), made / "teacher", tokenizer, **opened).train
+    text = distilling.texts_of("text", str(made / "texts"), tokenizer, **opened).train
     every = [text.document(i).tobytes() for i in range(len(text))]
     prompts = distilling.OnPolicy(text, prompt_tokens=9, **how).prompts(2)
     assert all(len(prompt) == 9 and any(prompt.tobytes() in document for document in every) for prompt in prompts)
     assert all(not any(document.endswith(prompt.tobytes()) for document in every) for prompt in prompts)  # something comes after it
-    talk = distilling.texts_of("conversations", str(made / "talk.jsonl"), made / "teacher", tokenizer, **opened).train
+    talk = distilling.texts_of("conversations", str(made / "talk.jsonl"), tokenizer, **opened).train
     asked = [
         tokenizer.decode(prompt, skip_special_tokens=False) for prompt in distilling.OnPolicy(talk, prompt_tokens=60, **how).prompts(0)
     ]

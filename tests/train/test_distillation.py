@@ -15,6 +15,7 @@ from tiny import facts_of, logits_of, packed_batch, tiny
 
 import lm
 from lm.flight import Flight
+from train.chunked import over_chunks
 from train.distillation import (
     Distillation,
     DistillationConfig,
@@ -144,6 +145,20 @@ def test_the_chunked_loss_is_the_plain_one_with_its_gradient(settings) -> None:
     (total, gradient), (expected, expected_gradient) = both(arrays)
     close(total / expected, 1, atol=1e-5)
     assert_close(gradient, expected_gradient, 1e-4)
+
+
+def test_the_gradient_of_a_frozen_unembedding_is_not_computed() -> None:
+    def total(hidden, unembedding):
+        def scores(logits, known, shared):
+            return logits[:, 0] * known, {}
+
+        weights = jnp.ones(5)
+        return over_chunks(scores, hidden, unembedding, weights, weights, ops=lm.REFERENCE, chunk=3)[0]
+
+    hidden, unembedding = jnp.ones((5, 24)), jnp.ones((97, 24))
+    for trained, there in (((0, 1), True), ((0,), False)):
+        program = str(jax.make_jaxpr(jax.grad(total, argnums=trained))(hidden, unembedding))
+        assert (":f32[97,24] = dot_general" in program) is there
 
 
 def test_a_student_that_is_the_teacher_has_nothing_to_learn() -> None:
