@@ -150,18 +150,10 @@ def write_targets(targets: TeacherTargets, rows: Rows, count: int, teacher: Teac
             said = []
             for at in range(first, first + ROWS, at_once):
                 # Past its end a part is filled up with its last row, so that there is one shape.
-                numbers = [min(row, first + ROWS - 1) for row in range(at, at + at_once)]
-                said.append(top_k(teacher, Batch(*(np.stack(field) for field in zip(*map(_fields(rows), numbers), strict=True)))))
+                some = [rows[min(row, first + ROWS - 1)] for row in range(at, at + at_once)]
+                said.append(top_k(teacher, Batch(*(np.stack([row[name] for row in some]) for name in Batch._fields))))
             targets.write(first, *(np.concatenate(part)[:ROWS] for part in zip(*said, strict=True)))
             told(done)
-
-
-def _fields(rows: Rows) -> Callable[[int], tuple[np.ndarray, ...]]:
-    def of(number: int) -> tuple[np.ndarray, ...]:
-        row = rows[number]
-        return tuple(row[name] for name in Batch._fields)
-
-    return of
 
 
 def taught_batches(batches: Iterator[Batch], targets: TeacherTargets, start: int, batch: int) -> Iterator[TaughtBatch]:
