@@ -88,6 +88,9 @@ def held_out_text(source: str) -> Source | None:
         return None
     manifest, _ = record_of(run)
     settings = manifest["sessions"][-1].get("settings", {})
+    if "conversations" in manifest or settings.get("data_kind") == "conversations":
+        logger.info("the run learned from conversations: its own figures stand in the card, and no text is measured again")
+        return None
     spec, digest = settings.get("data"), (manifest.get("corpus") or {}).get("sha256")
     if not isinstance(spec, str) or digest is None:
         logger.info("the run's data is no plain text: nothing is measured again")

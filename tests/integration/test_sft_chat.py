@@ -19,6 +19,7 @@ import lm
 from data.chat import ChatFormat
 from data.tokenizer import Tokenizer
 from recipes.command_line import parse
+from recipes.evidence import held_out_text
 from recipes.loading import load
 from recipes.sft_chat import Config, main
 from recipes.show_chat import Config as ShowConfig
@@ -113,6 +114,16 @@ def test_answers_are_learned_and_everything_is_measured_before_and_after(run):
     assert manifest["chat"]["stop_ids"] == [Tokenizer.load(folder / "export").eos_id]
     for name in ("loss.png", "tasks.png"):
         assert (folder / name).stat().st_size > 10_000
+
+
+def test_whoever_publishes_it_measures_no_conversations_as_if_they_were_text(run):
+    said = []
+    sink = logger.add(lambda message: said.append((message.record["level"].name, message.record["message"])))
+    try:
+        assert held_out_text(str(run[0])) is None
+    finally:
+        logger.remove(sink)
+    assert [(level, "learned from conversations" in words) for level, words in said] == [("INFO", True)]
 
 
 def test_the_page_on_training_tells_of_every_number_written(run):
