@@ -182,7 +182,7 @@ class Nibbles(Quantised):
 class Int4Groups(Nibbles):
     """group ≈ scale · (code - 8), sixteen evenly spaced numbers. The scale, one of two for each group, is the one that leaves the
     smaller square error: the entry farthest from 0 becomes -8 exactly, or the farthest on either side fits within -8 … 7. A zero point in
-    place of the fixed 8 costs half a byte a group more and gained less than a smaller group for the same bytes (docs/adapters.md).
+    place of the fixed 8 costs half a byte a group more and gained less than a smaller group for the same bytes (docs/quantised.md).
 
     Bytes: d_out · d_in · (1/2 + 2 / group), d_in rounded up to a multiple of the group.
     """

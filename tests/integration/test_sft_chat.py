@@ -1,10 +1,12 @@
 """Fine-tuning from end to end: answers are learned, the run goes on where it was cut off, and what it leaves opens elsewhere."""
 
+import gc
 import json
 import random
 import shutil
 import signal
 import time
+import weakref
 
 import jax
 import numpy as np
@@ -23,6 +25,7 @@ from recipes.loading import load
 from recipes.sft_chat import Config, main
 from recipes.show_chat import Config as ShowConfig
 from recipes.show_chat import main as show
+from train.adapters import adapted
 
 WORDS = ("red", "blue", "green", "white", "black", "brown", "pink", "grey")
 ASK_TIME = {"type": "function", "function": {"name": "time", "arguments": {"place": "Oslo"}}}
@@ -72,10 +75,10 @@ SETTINGS |= {"optimizer": {"name": "adamw"}, "schedule": {"peak": 0.03}}
 def tune(made, run_dir, **changes):
     """The recipe in this process, with the words it said."""
     said = []
-    settings = {"data": str(made / "talk.jsonl"), "text": str(made / "old"), **SETTINGS, **changes}
+    settings = {"source": made / "model", "data": str(made / "talk.jsonl"), "text": str(made / "old"), **SETTINGS, **changes}
     sink = logger.add(lambda message: said.append(message.record["message"]))
     try:
-        main(Config(source=made / "model", run_dir=run_dir, **settings))
+        main(Config(run_dir=run_dir, **settings))
     finally:
         logger.remove(sink)
     return "\n".join(said)
@@ -174,6 +177,25 @@ def test_an_adapter_is_trained_in_place_of_the_weights_and_goes_on_too(made, tmp
         lm.load_adapter(other, folder / "adapter")
 
 
+def test_while_a_packed_base_is_trained_on_nothing_holds_what_it_was_packed_from(made, tmp_path, monkeypatch):
+    matrices, alive = [], []
+
+    def packed(model, config, *, key):
+        matrices.extend(weakref.ref(leaf) for leaf in jax.tree.leaves(model) if leaf.ndim == 2)
+        return adapted(model, config, key=key)
+
+    def no_steps(*_, **__):
+        gc.collect()
+        alive.extend(matrix().shape for matrix in matrices if matrix() is not None)
+        raise InterruptedError
+
+    monkeypatch.setattr("recipes.sft_chat.adapted", packed)
+    monkeypatch.setattr("recipes.sft_chat.steps", no_steps)
+    with pytest.raises(InterruptedError):
+        tune(made, tmp_path / "run", adapter={"kind": "lora", "base": "nf4"}, questions=0, text="none", prompts=())
+    assert (len(matrices), alive) == (8, [])
+
+
 def test_impossible_wishes_are_refused_in_words(made, tmp_path):
     with pytest.raises(ValueError, match="--seq 161 is more than the context of this model, 160"):
         tune(made, tmp_path / "a", seq=161)
@@ -181,6 +203,10 @@ def test_impossible_wishes_are_refused_in_words(made, tmp_path):
         tune(made, tmp_path / "b", template="own")
     with pytest.raises(ValueError, match=r"targets: no linear map of the blocks is called attn\.wq; there are attn\.k_proj"):
         tune(made, tmp_path / "d", adapter={"kind": "lora", "targets": ["attn.wq"]}, text="none")
+    lm.save_native(lm.quantised(lm.load_pretrained(made / "model")), tmp_path / "packed")
+    Tokenizer.load(made / "model").save(tmp_path / "packed")
+    with pytest.raises(ValueError, match=r"this model is packed \(int8\): train the one it was made from"):
+        tune(made, tmp_path / "e", source=tmp_path / "packed", text="none")
     (tmp_path / "bad.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n' * 30)
     with pytest.raises(ValueError, match=r"bad.jsonl:\d+: no assistant turn among the roles \['user'\]"):
         tune(made, tmp_path / "c", data=str(tmp_path / "bad.jsonl"))
