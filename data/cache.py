@@ -28,10 +28,10 @@ import numpy as np
 from loguru import logger
 
 from data.atomic import building
+from data.sums import checked_record, write_record
 from data.tokenizer import Tokenizer
 
 FORMAT = 2  # raised when the files change; older caches are then simply not found
-SUMMED_BELOW = 1 << 30  # bytes; a larger file is checked by its size alone
 TEXT_AT_ONCE = 1 << 20  # characters encoded in one call
 
 
@@ -41,7 +41,7 @@ class TokenCache:
     def __init__(self, folder: Path) -> None:
         """Open the cache in `folder` after checking it. **Raises:** `ValueError` saying what is damaged."""
         self.folder = folder
-        self.record: dict[str, Any] = _checked_record(folder)
+        self.record: dict[str, Any] = checked_record(folder)
         self.tokens = np.memmap(folder / "tokens.bin", self.record["dtype"], mode="r")
         self.offsets = np.memmap(folder / "offsets.bin", "<i8", mode="r")
         self.text_bytes = np.memmap(folder / "text_bytes.bin", "<i8", mode="r")  # per document
@@ -129,7 +129,7 @@ class TokenCache:
         with building(place, opened) as beside:
             counts = _write(encoded(), tokenizer.vocab_size, beside)
             made = {**made_from, "split": split}
-            _write_record(beside, {"format": FORMAT, **made, "pad": 0 if pad is None else pad, **(facts or {}), **counts})
+            write_record(beside, {"format": FORMAT, **made, "pad": 0 if pad is None else pad, **(facts or {}), **counts})
         return opened()
 
     @classmethod
@@ -292,32 +292,3 @@ def _batches(documents: grain.MapDataset) -> Iterator[list[dict[str, str]]]:
             some, characters = [], 0
     if some:
         yield some
-
-
-def _write_record(folder: Path, record: dict[str, Any]) -> None:
-    record["sizes"] = {file.name: file.stat().st_size for file in sorted(folder.iterdir())}
-    (folder / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    summed = [file for file in sorted(folder.iterdir()) if file.stat().st_size < SUMMED_BELOW]
-    (folder / "SHA256SUMS").write_text("".join(f"{_sha256(file)}  {file.name}\n" for file in summed), encoding="utf-8")
-
-
-def _checked_record(folder: Path) -> dict[str, Any]:
-    """The record of a cache whose files all have the sizes and sums they were written with."""
-    sums = dict(line.split("  ")[::-1] for line in (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines())
-    for name, expected in sums.items():
-        if _sha256(folder / name) != expected:
-            raise ValueError(f"{name} is not what was written (its SHA-256 differs)")
-    if "record.json" not in sums:
-        raise ValueError("SHA256SUMS has no line for record.json")
-    record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
-    for name, size in record["sizes"].items():
-        if (found := (folder / name).stat().st_size) != size:
-            raise ValueError(f"{name} has {found} bytes where {size} were written")
-        if name not in sums and size < SUMMED_BELOW:
-            raise ValueError(f"SHA256SUMS has no line for {name}")
-    return record
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -40,7 +40,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from loguru import logger
 
-from lm.kernels_cpu import BLOCK
+from lm.kernels_cpu import block_of
 from recipes.benchmark_config import SIZES, Config, Figures, RematName, few, spec_of, tokens_of
 from recipes.benchmark_workers import all_of, in_turns, ours, together
 
@@ -65,7 +65,7 @@ def expected_bytes(size: dict[str, int], remat: RematName, micro_batches: int) -
     kept = n_layers * {"none": block, "dots": t * (20 * d + 8 * f), "full": 4 * t * d}[remat]
     loss = 6 * min(LOSS_CHUNK, t) * vocab + 6 * vocab * d + 8 * t * d
     sums = 4 * n_params if micro_batches > 1 else 0  # gradients of the micro-batches before
-    scores = 3 * 4 * t * h * min(BLOCK, size["seq"])  # of a block of keys with all queries: S, P, dP
+    scores = 3 * 4 * t * h * min(block_of(size["seq"], None), size["seq"])  # of a block of keys with all queries: S, P, dP
     undone = (block if remat != "none" else 0) + scores  # what the backward pass of a block makes again
     moments = (
         {"activations": kept, "gradients": sums, "loss or block": loss},  # the loss is being taken

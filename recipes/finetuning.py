@@ -122,6 +122,8 @@ def known_text(source: Path) -> str | None:
         return settings["text"]
     if "text" in settings:  # a run of these recipes: what came before it
         return known_text(Path(settings["source"]))
+    if settings.get("data_kind") == "conversations":  # of `recipes.distill`
+        return known_text(Path(settings["teacher"]))
     return settings.get("data")
 
 

@@ -78,7 +78,8 @@ def _adapted(run: Path, record: Mapping[str, Any], skeleton: AbstractLM) -> tupl
     with Checkpoints(run / "checkpoints") as checkpoints:
         found = checkpoints.restore({item: jax.eval_shape(lambda: trained)})
     origin = f"{run}, adapters of step {found.step} merged into {record['base']['name']}"
-    return lm.merge(eqx.combine(found.items[item], frozen)), Tokenizer.load(run / "tokenizer"), origin
+    merged = lm.dequantised(lm.merge(eqx.combine(found.items[item], frozen)))  # as the run will export it
+    return merged, Tokenizer.load(run / "tokenizer"), origin
 
 
 def kept_as(model: AbstractLM, weights: str, products: str) -> tuple[AbstractLM, str]:

@@ -286,8 +286,8 @@ def run(config: Experiment, folder: Path, recipe: str) -> None:
         return state.model if averaged is None else averaged
 
     def plain(state: TrainState) -> AbstractLM:
-        """The same, adapters merged into the weights: to ask, and to export."""
-        return lm.merge(judged(state)) if with_adapters else judged(state)
+        """The same, adapters merged into the weights, which are arrays again if they were packed: to ask, and to export."""
+        return lm.dequantised(lm.merge(judged(state))) if with_adapters else judged(state)
 
     with Checkpoints(folder / "checkpoints", keep_latest=config.keep_latest) as checkpoints:
         found = restore(checkpoints, begun, identity, total, by_reference=with_adapters)

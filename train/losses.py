@@ -5,6 +5,7 @@ and thrown away: `next_token` takes the gradient with respect to them while they
 backward pass. `token_scores` is for evaluation alone.
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -83,12 +84,12 @@ def token_log_probs(
 
     @jax.checkpoint
     def of_chunk(h: Array, target: Array) -> Array:
-        logits = _capped(ops.linear(h.astype(dtype), weight, jnp.float32), softcap)
+        logits = capped(ops.linear(h.astype(dtype), weight, jnp.float32), softcap)
         if sampler is not None:
             scaled = sampler.adjusted(logits, None)
             hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == target[:, None]
             logits = jnp.where(hit, scaled / sampler.temperature, sampler.filtered(scaled))
-        return _target_logit(logits, target) - jax.nn.logsumexp(logits, axis=-1)
+        return target_logit(logits, target) - jax.nn.logsumexp(logits, axis=-1)
 
     log_probs = jax.lax.map(lambda pair: of_chunk(*pair), (flat_hidden, flat_targets))
     return log_probs.reshape(-1)[: targets.size].reshape(targets.shape)
@@ -109,8 +110,8 @@ def token_scores(
     weight = unpacked(unembedding).astype(dtype)
 
     def of_chunk(h: Array, target: Array) -> tuple[Array, Array]:
-        logits = _capped(ops.linear(h.astype(dtype), weight, jnp.float32), softcap)
-        return _target_logit(logits, target) - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == target
+        logits = capped(ops.linear(h.astype(dtype), weight, jnp.float32), softcap)
+        return target_logit(logits, target) - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == target
 
     log_probs, likeliest = jax.lax.map(lambda pair: of_chunk(*pair), (flat_hidden, flat_targets))
     return tuple(x.reshape(-1)[: targets.size].reshape(targets.shape) for x in (log_probs, likeliest))
@@ -118,19 +119,23 @@ def token_scores(
 
 def _flat(hidden: Array, targets: Array, weights: Array, chunk: int) -> tuple[Array, Array, Array]:
     """`*batch seq …` → `chunks chunk …`; the last chunk is filled up with tokens of weight 0."""
-    tokens = targets.size
+    return in_chunks(hidden, targets.ndim, chunk), in_chunks(targets, targets.ndim, chunk), in_chunks(weights, targets.ndim, chunk)
+
+
+def in_chunks(x: Array, leading: int, chunk: int) -> Array:
+    """`*batch seq …` → `chunks chunk …`, where `leading` axes count the tokens; the last chunk is filled up with zeros."""
+    tokens, rest = math.prod(x.shape[:leading]), x.shape[leading:]
     chunk = min(chunk, tokens)
-    spare = -tokens % chunk
-    hidden = jnp.pad(hidden.reshape(tokens, hidden.shape[-1]), ((0, spare), (0, 0)))
-    targets, weights = (jnp.pad(x.reshape(tokens), (0, spare)) for x in (targets, weights))
-    return hidden.reshape(-1, chunk, hidden.shape[-1]), targets.reshape(-1, chunk), weights.reshape(-1, chunk)
+    padding = [(0, -tokens % chunk), *((0, 0) for _ in rest)]
+    return jnp.pad(x.reshape(tokens, *rest), padding).reshape(-1, chunk, *rest)
 
 
-def _capped(logits: Array, softcap: float | None) -> Array:
+def capped(logits: Array, softcap: float | None) -> Array:
+    """Bent to ± `softcap` where there is one."""
     return logits if softcap is None else soft_cap(logits, softcap)
 
 
-def _target_logit(logits: Array, targets: Array) -> Array:
+def target_logit(logits: Array, targets: Array) -> Array:
     # A masked sum instead of a gather: it fuses with the passes over the logits that are made anyway.
     hit = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == targets[..., None]
     return jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
@@ -152,7 +157,7 @@ def _nothing_yet(measured: bool) -> tuple[Array, ...]:
 
 def _scores(ops: Ops, h: Array, weight: Array, target: Array, softcap: float | None) -> tuple[Array, Array, Array]:
     """Logits of a chunk, log Z, and where each row's target stands."""
-    logits = _capped(ops.linear(h, weight, jnp.float32), softcap)
+    logits = capped(ops.linear(h, weight, jnp.float32), softcap)
     return logits, jax.nn.logsumexp(logits, axis=-1), jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) == target[:, None]
 
 

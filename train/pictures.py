@@ -89,6 +89,33 @@ def plot_forgetting(metrics_path: str | os.PathLike[str], png_path: str | os.Pat
     return Path(png_path)
 
 
+def plot_distillation(metrics_path: str | os.PathLike[str], png_path: str | os.PathLike[str], *, teacher_loss: float, title: str) -> Path:
+    """Draw how a student came nearer to its teacher: above, its loss on held-out text (`val_loss`) with the teacher's own as a dashed line;
+    below, what lies between them, in training (`divergence`) and on held-out text (`val_kl`), as far as it was measured."""
+    lines = read_metrics(metrics_path)
+    figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(8, 5.6), layout="constrained")
+    series = (
+        (above, "val_loss", "student", {"color": "tab:blue", "marker": "o", "markersize": 4}),
+        (below, "divergence", "in training", {"color": "tab:gray", "linewidth": 0.8, "alpha": 0.7}),
+        (below, "val_kl", "KL(teacher‖student), held out", {"color": "tab:orange", "marker": "o", "markersize": 4}),
+    )
+    for axes, name, words, style in series:
+        points = [(line["step"], line[name]) for line in lines if name in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=f"{words}, now {points[-1][1]:.3f}", **style)
+    above.axhline(teacher_loss, color="tab:red", linestyle="--", linewidth=1.1, label=f"teacher, {teacher_loss:.3f}")
+    above.set(ylabel="held-out loss (nats a token)", title=title)
+    below.set(xlabel="step", ylabel="apart (nats a token)", yscale="log")
+    for axes in (above, below):
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize="small", loc="upper right")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(png_path, dpi=140)
+    plt.close(figure)
+    return Path(png_path)
+
+
 def plot_scores(results: Mapping[str, Mapping[str, Any]], path: str | os.PathLike[str], *, title: str) -> Path:
     """Draw the scores of an evaluation with their intervals: shares beside chance and what others published; below them the groups, where a
     task has some, and texts in bits per byte.

@@ -143,7 +143,9 @@ class Told(NamedTuple):
     peaks: dict[str, Array]  # a metric of that name is the largest
 
 
-Objective = Callable[[Any, Any, Array], Told]  # (model in flight, batch, dropout key)
+# (model in flight, batch, dropout key). One that is a module with arrays of its own, a teacher's (`train.distillation`), has them given to
+# the compiled step as arguments; they are neither trained nor donated.
+Objective = Callable[[Any, Any, Array], Told]
 
 
 def init_state(
@@ -209,23 +211,24 @@ def make_step(
     means. A mean of a micro-batch is its own, and counts by the supervised tokens it has.
 
     `objective` takes its place where it is given, and says itself what a batch holds and what `loss` and `tokens` (its count) are of:
-    preferences (`train.preference`), policy gradients (`train.policy`).
+    preferences (`train.preference`), policy gradients (`train.policy`), a teacher (`train.distillation`).
     """
     minimised = objective or next_token_objective(config, flight, ops, measured=measured)
+    held, form = eqx.partition(minimised, eqx.is_array)
 
-    def loss_of(trainable: Any, frozen: Any, batch: Any, key: Array) -> tuple[Array, Told]:
-        told = minimised(put_on_flight(eqx.combine(trainable, frozen), flight, ops), batch, key)
+    def loss_of(trainable: Any, frozen: Any, held: Any, batch: Any, key: Array) -> tuple[Array, Told]:
+        told = eqx.combine(held, form)(put_on_flight(eqx.combine(trainable, frozen), flight, ops), batch, key)
         return told.loss.total, told
 
-    def gradient_of(state: TrainState, batch: Any, key: Array) -> tuple[Any, Told]:
+    def gradient_of(state: TrainState, held: Any, batch: Any, key: Array) -> tuple[Any, Told]:
         """Sum of the gradients of all tokens, over micro-batches."""
         gradient = jax.grad(loss_of, has_aux=True)
         if config.micro_batches == 1:
-            return gradient(state.trainable, state.frozen, batch, jr.fold_in(key, 0))
+            return gradient(state.trainable, state.frozen, held, batch, jr.fold_in(key, 0))
 
         def of_micro_batch(sums: Any, numbered: tuple[Array, Any]) -> tuple[Any, Told]:
             i, micro = numbered
-            more, told = gradient(state.trainable, state.frozen, micro, jr.fold_in(key, i))
+            more, told = gradient(state.trainable, state.frozen, held, micro, jr.fold_in(key, i))
             return jax.tree.map(jnp.add, sums, more), told
 
         k = config.micro_batches
@@ -236,10 +239,10 @@ def make_step(
         return sums, jax.tree.map(jnp.sum, told)._replace(peaks=peaks)
 
     def step(
-        changing: TrainState, frozen: Any, batch: Any, learning_rate: Float[Array, ""], average_rate: Float[Array, ""]
+        changing: TrainState, frozen: Any, held: Any, batch: Any, learning_rate: Float[Array, ""], average_rate: Float[Array, ""]
     ) -> tuple[TrainState, Metrics]:
         state = replace(changing, frozen=frozen)
-        sums, (loss, aux, peaks) = gradient_of(state, batch, jr.fold_in(dropout_key, state.step))
+        sums, (loss, aux, peaks) = gradient_of(state, held, batch, jr.fold_in(dropout_key, state.step))
         sums = map_paths(lambda path, g: mark(g, f"gradient/{path}"), sums)  # `train.debug` finds them by these names
         count = jnp.maximum(loss.count, 1.0)
         norm = optax.tree.norm(sums) / count
@@ -279,8 +282,8 @@ def make_step(
             metrics["update_ratio"] = {name: jnp.where(due, ratio, jnp.nan) for name, ratio in ratios.items()}
         return TrainState(trainable, None, average, optimizer_state, state.step + 1, stats), metrics
 
-    # What is frozen is not donated: it is needed again.
-    return CompiledStep(jax.jit(step, donate_argnums=0 if donate else ()), config.micro_batches)
+    # What is frozen, or held by the objective, is not donated: it is needed again.
+    return CompiledStep(jax.jit(step, donate_argnums=0 if donate else ()), config.micro_batches, held)
 
 
 def next_token_objective(config: StepConfig, flight: Flight, ops: Ops, *, measured: bool = False) -> Objective:
@@ -302,32 +305,38 @@ def next_token_objective(config: StepConfig, flight: Flight, ops: Ops, *, measur
             chunk=config.loss_chunk,
             measured=measured,
         )
-        means = {name: total / jnp.maximum(count, 1.0) for name, (total, count) in aux.items()}
-        pull = sum((weight * means[name] for name, weight in model.aux_weights.items()), jnp.zeros(()))
-        return Told(loss._replace(total=loss.total + loss.count * pull), aux, {})  # the step divides by the count of the whole batch
+        return Told(with_aux(loss, model, aux), aux, {})
 
     return objective
+
+
+def with_aux(loss: Loss, model: Any, aux: Aux) -> Loss:
+    """The loss with what the model's blocks ask for (`AbstractLM.aux_weights`) added to what is minimised."""
+    means = {name: total / jnp.maximum(count, 1.0) for name, (total, count) in aux.items()}
+    pull = sum((weight * means[name] for name, weight in model.aux_weights.items()), jnp.zeros(()))
+    return loss._replace(total=loss.total + loss.count * pull)  # the step divides by the count of the whole batch
 
 
 @dataclass(frozen=True)
 class CompiledStep:
     """What `make_step` gives: a function, with a way to look at its program."""
 
-    jitted: Any  # (changing state, frozen, batch, learning rate, average rate) → (changing state, metrics)
+    jitted: Any  # (changing state, frozen, held, batch, learning rate, average rate) → (changing state, metrics)
     micro_batches: int
+    held: Any  # arrays of the objective; all None where it has none
 
     def __call__(self, state: TrainState, batch: Any, learning_rate: float, average_rate: float = 0.0) -> tuple[TrainState, Metrics]:
         if batch.tokens.shape[0] % self.micro_batches:
             raise ValueError(f"batch ({batch.tokens.shape[0]} rows) must be a multiple of micro_batches ({self.micro_batches})")
         rates = jnp.asarray(learning_rate, jnp.float32), jnp.asarray(average_rate, jnp.float32)
-        done, metrics = self.jitted(replace(state, frozen=None), state.frozen, batch, *rates)
+        done, metrics = self.jitted(replace(state, frozen=None), state.frozen, self.held, batch, *rates)
         return replace(done, frozen=state.frozen), metrics
 
     def lower(self, state: TrainState, batch: Batch) -> Any:
         """The program for a state and a batch, which may be abstract (`jax.ShapeDtypeStruct`), not yet compiled: a `jax.stages.Lowered`."""
         rate = jax.ShapeDtypeStruct((), jnp.float32)
         changing = eqx.tree_at(lambda s: s.frozen, state, None)  # `replace` would check that its arrays are arrays
-        return self.jitted.lower(changing, state.frozen, batch, rate, rate)
+        return self.jitted.lower(changing, state.frozen, self.held, batch, rate, rate)
 
 
 def update_ratios(updates: Any, weights: Any) -> dict[str, Array]:

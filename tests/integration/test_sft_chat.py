@@ -154,19 +154,21 @@ def test_cut_off_it_goes_on_to_the_identical_result(run, tmp_path):
 
 
 @pytest.mark.heavy
-def test_an_adapter_is_trained_in_place_of_the_weights_and_goes_on_too(made, tmp_path):
+@pytest.mark.parametrize("base_kept", ["as_is", "nf4"])
+def test_an_adapter_is_trained_in_place_of_the_weights_and_goes_on_too(base_kept, made, tmp_path):
     folder = tmp_path / "lora"
-    lora = {"kind": "lora", "rank": 3, "targets": ["attn.*"]}
+    lora = {"kind": "lora", "rank": 3, "targets": ["attn.*"], "base": base_kept}
     said = tune(made, folder, adapter=lora, questions=0, text="none", sample_every=8)
     assert "what the model forgets is not measured" in said
     results = json.loads((folder / "results.json").read_text())
     assert results["loss"]["after"] < results["loss"]["before"]
     base = lm.load_pretrained(made / "model")
-    by_hand = lm.merge(lm.load_adapter(base, folder / "adapter"))
+    kept = base if base_kept == "as_is" else lm.quantised(base, base_kept)
+    by_hand = lm.dequantised(lm.merge(lm.load_adapter(kept, folder / "adapter", base=lm.Base.of(base, "model"))))
     exported = lm.load_pretrained(folder / "export")
     for a, b in zip(*map(jax.tree.leaves, (by_hand, exported)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
-    np.testing.assert_array_equal(exported.embed.weight, base.embed.weight)
+    np.testing.assert_array_equal(exported.embed.weight, lm.dequantised(kept).embed.weight)
     shutil.rmtree(folder / "checkpoints" / "8")
     (folder / "results.json").unlink()
     main(parse(Config, "", recipe="sft_chat", argv=["--resume", "--run-dir", str(folder)]))

@@ -13,8 +13,9 @@ import pytest
 from tiny import facts_of, packed_batch, tiny
 
 import lm
+import lm.kernels_cpu as kernels_cpu
 from lm.flight import Flight, put_on_flight
-from lm.kernels_cpu import BLOCK, FEW, FEW_PACKED, SLOTS
+from lm.kernels_cpu import BLOCK, FEW, FEW_PACKED, LONG, SLOTS
 from lm.quant import Int8Rows
 
 HEAD_DIM, SCALE = 8, 0.3
@@ -63,7 +64,7 @@ def assert_equals_reference(facts, arrays, window=None):
     assert max(error(got, expected)) < ROUNDING
 
 
-@pytest.mark.parametrize("seq", [1, 7, BLOCK, BLOCK + 1, 300])
+@pytest.mark.parametrize("seq", [1, 7, BLOCK, BLOCK + 1, 300, LONG + 70])
 def test_equals_reference_at_any_length(seq):
     rows = (2,) if seq > 1 else ()
     assert_equals_reference(packed_facts(seq, rows, padding=seq // 5), inputs(seq, rows))
@@ -87,6 +88,27 @@ def test_equals_reference_with_soft_capped_scores(seq, window):
     got, expected = (value_and_gradients(attention, facts, arrays, window, softcap=0.7) for attention in (CPU, REFERENCE))
     assert max(error(got, expected)) < ROUNDING
     assert max(error(expected, value_and_gradients(REFERENCE, facts, arrays, window))) > 0.1  # the cap is felt
+
+
+def test_equals_reference_in_a_window_over_a_long_row():
+    assert_equals_reference(packed_facts(LONG + 70, padding=13), inputs(LONG + 70), window=200)
+
+
+@pytest.mark.parametrize("window", [None, 20, 70])
+def test_longer_blocks_in_longer_rows_equal_the_reference(monkeypatch, window):
+    monkeypatch.setattr(kernels_cpu, "BLOCK", 8)
+    monkeypatch.setattr(kernels_cpu, "LONG", 100)
+    assert [kernels_cpu.block_of(310, each) for each in (None, 20, 7)] == [16, 16, 8]
+    assert_equals_reference(packed_facts(310, (2,), padding=13), inputs(310, (2,)), window)
+
+
+def test_a_long_row_needs_no_square_matrix():
+    def temporary_bytes(seq):
+        facts, (q, k, v, _) = packed_facts(seq), inputs(seq)
+        pull = jax.grad(lambda q, k, v: jnp.sum(CPU(q, k, v, facts, facts, SCALE)), argnums=(0, 1, 2))
+        return jax.jit(pull).lower(q, k, v).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes(4 * LONG) < 2.5 * temporary_bytes(2 * LONG)  # as a square it would be 4 times as much
 
 
 def test_equals_reference_in_a_window_over_packed_rows():
