@@ -25,8 +25,6 @@ import jax.numpy as jnp
 import jax.random as jr
 import tyro
 from pydantic import Field, model_validator
-from rich.console import Console
-from rich.table import Table
 
 import lm
 from lm.adapters import ALL_LINEARS
@@ -38,7 +36,7 @@ from recipes.running import ENDS_IN_WORDS, RunConfig, choose_flight
 from train.adapters import AdapterConfig, abstract_adapted, trained_part
 from train.backends import attention_of
 from train.gpus import CARDS, check_gpu_compiler
-from train.logs import plain_messages, progress
+from train.logs import plain_messages
 from train.optimizers import OptimizerConfig, build_optimizer
 from train.plan import Memory, abstract_batch, compile_for
 from train.runtime import choose_device, device_facts, memory_in_use
@@ -95,25 +93,37 @@ class Ran(NamedTuple):
 
 
 def main(config: Config) -> dict[str, Compiled]:
-    """Compile a step of each kind, and print the table."""
+    """Compile a step of each kind, and print a line on it."""
     plain_messages()
     choose_device("cpu")
     if config.target != "cpu":
         check_gpu_compiler()
-    compiled: dict[str, Compiled] = {}
-    ran: dict[str, Ran] = {}
-    with progress("kinds", len(KINDS)) as told:
-        for done, (name, asked) in enumerate(KINDS.items(), start=1):
-            state, step = beginning(config, asked)
-            trained = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
-            compiled[name] = Compiled(trained, compile_for(config.target, step, state, abstract_batch(config.batch, config.seq)))
-            if config.run_steps:
-                # A new process each time: the fullest moment of a process stays that of all its life.
-                with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-                    ran[name] = process.submit(run, config, asked).result()
-            told(done)
-    show(config, compiled, ran)
-    return compiled
+    ops, flight = flight_of(config, skeleton_of(config.model))
+    limit = memory_of(config.target)
+    print(f"{config.model} on {config.target}: {config.batch} rows of {config.seq} tokens, AdamW, adapters of rank {config.rank}")
+    print(f"kernels {ops.name}, {flight.dtype}, layers as a {flight.layers}, remat {flight.remat}; MB = 1e6 bytes")
+    print(f"there is {gigabytes(limit.bytes)}, {limit.words}\n")
+    print(line("", "trained", "arguments", "temporaries", "together", *(["really held", "a step"] if config.run_steps else [])))
+    found: dict[str, Compiled] = {}
+    for name, asked in KINDS.items():
+        state, step = beginning(config, asked)
+        trained = sum(leaf.size for leaf in jax.tree.leaves(state.trainable))
+        memory = compile_for(config.target, step, state, abstract_batch(config.batch, config.seq))
+        found[name] = Compiled(trained, memory)
+        cells = [f"{trained:,}", *map(megabytes, (memory.arguments, memory.temporaries, memory.peak))]
+        if config.run_steps:
+            ran = in_a_process_of_its_own(config, asked)
+            cells += [megabytes(ran.held_bytes), f"{ran.step_s:.2f} s"]
+        print(line(name, *cells) + ("" if memory.peak <= limit.bytes else "  does not fit"), flush=True)
+    return found
+
+
+def line(name: str, *cells: str) -> str:
+    return f"{name:<18}" + "".join(f"{cell:>13}" for cell in cells)
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"
 
 
 def beginning(config: Config, asked: dict[str, str]) -> tuple[TrainState, CompiledStep]:
@@ -149,6 +159,12 @@ def flight_of(config: Config, model: lm.AbstractLM) -> Any:
     return choose_flight(how, facts, n_layers=model.config.n_layers, seq=config.seq, **attention_of(model))
 
 
+def in_a_process_of_its_own(config: Config, asked: dict[str, str]) -> Ran:
+    """`run`, where nothing was held before: the fullest moment of a process stays that of all its life."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(run, config, asked).result()
+
+
 def run(config: Config, asked: dict[str, str]) -> Ran:
     """Take the steps, on numbers that are all alike: memory and time do not ask for other ones."""
     choose_device("cpu")
@@ -166,32 +182,6 @@ def run(config: Config, asked: dict[str, str]) -> Ran:
         jax.block_until_ready((state, metrics))
         times.append(time.perf_counter() - begin)
     return Ran(memory_in_use()["peak_bytes"] - before, statistics.median(times[1:]))  # the first one compiled
-
-
-def show(config: Config, compiled: dict[str, Compiled], ran: dict[str, Ran]) -> None:
-    """The table."""
-    limit = memory_of(config.target)
-    ops, flight = flight_of(config, skeleton_of(config.model))
-    titles = ["trained", "arguments, MB", "temporaries, MB", "together, MB"]
-    titles += ["held, MB", "s a step"] if ran else []
-    table = Table("", *titles)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for name, (trained, memory) in compiled.items():
-        sizes = [memory.arguments, memory.temporaries, memory.peak] + ([ran[name].held_bytes] if ran else [])
-        cells = [f"{trained:,}", *(f"{size / 1e6:,.0f}" for size in sizes)] + ([f"{ran[name].step_s:.2f}"] if ran else [])
-        table.add_row(name, *cells, style=None if memory.peak <= limit.bytes else "red")
-    console = Console()
-    console.print(
-        f"{config.model} on {config.target}: {config.batch} · {config.seq} tokens, AdamW, rank {config.rank}; kernels {ops.name}, "
-        f"{flight.dtype}, layers as a {flight.layers}, remat {flight.remat}. MB = 1e6 bytes",
-        soft_wrap=True,
-        highlight=False,
-    )
-    console.print(table)
-    large = [name for name, found in compiled.items() if found.memory.peak > limit.bytes]
-    words = f"do not fit: {', '.join(large)}" if large else "all fit"
-    console.print(f"there is {gigabytes(limit.bytes)}, {limit.words}: {words}", soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":

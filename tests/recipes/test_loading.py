@@ -48,3 +48,26 @@ def test_an_adapter_run_opens_as_its_base_with_the_adapters_merged_and_refuses_a
     lm.save_pretrained(eqx.tree_at(lambda m: m.embed.weight, bigger, grown), base)
     with pytest.raises(ValueError, match="arrays have other shapes"):
         load(run)
+
+
+def test_a_model_opens_with_an_adapter_on_it_and_refuses_that_of_another(tmp_path):
+    tokenizer = Tokenizer.train(["def f(x):\n    return x + 1\n" * 20], 300)
+    for name, seed in (("base", 0), ("other", 1)):
+        lm.save_pretrained(tiny("llama", seed, n_layers=1, vocab=tokenizer.vocab_size), tmp_path / name)
+        tokenizer.save(tmp_path / name)
+    base = lm.load_pretrained(tmp_path / "base")
+    on = lm.add_lora(base, rank=3, dora=True, key=jr.key(0))
+    on = jax.tree.map(lambda leaf, is_trained: leaf + 0.1 if is_trained else leaf, on, lm.trainable_filter(on))
+    lm.save_adapter(on, tmp_path / "adapter", base=lm.Base.of(base, "owner/base"))
+
+    opened, _, origin = load(f"{tmp_path / 'base'}+{tmp_path / 'adapter'}")
+    assert origin.endswith(f"base with the adapter {tmp_path / 'adapter'}")
+    assert eqx.tree_equal(opened, lm.merge(on))
+    with pytest.raises(ValueError, match=r"trained on owner/base \(digest .*, and this model has other weights"):
+        load(f"{tmp_path / 'other'}+{tmp_path / 'adapter'}")
+    with pytest.raises(FileNotFoundError, match="expected the folder of an adapter"):
+        load(f"{tmp_path / 'base'}+{tmp_path / 'other'}")
+    with pytest.raises(ValueError, match=r"adapter is an adapter, of owner/base: name its base before it, BASE\+"):
+        load(tmp_path / "adapter")
+    (tmp_path / "base").rename(tmp_path / "c++")  # a plus of its own
+    assert eqx.tree_equal(load(tmp_path / "c++")[0], base)

@@ -2,6 +2,7 @@
 
 import re
 from functools import lru_cache
+from importlib import metadata
 
 import equinox as eqx
 import jax
@@ -17,6 +18,7 @@ from lm.flight import Flight
 from train.adapters import AdapterConfig, abstract_adapted, adapted, trained_part
 from train.checkpoint import Checkpoints
 from train.optimizers import OptimizerConfig, build_optimizer
+from train.process import XLA_FLAGS
 from train.step import StepConfig, init_state, make_step
 
 ADAMW = build_optimizer(OptimizerConfig(name="adamw"))
@@ -91,6 +93,8 @@ def test_a_checkpoint_by_reference_holds_the_adapters_and_goes_on_as_if_nothing_
 # ------------------------------------------------------------------------------------------- the compiled program
 
 WIDE = {"vocab": 61, "d_model": 96, "n_heads": 6, "n_kv_heads": 6, "head_dim": 16, "d_ff": 208, "context": 64}
+RELEASE = tuple(map(int, metadata.version("jaxlib").split(".")[:2]))
+ORDER = dict(flag.removeprefix("--").split("=") for flag in XLA_FLAGS.get(RELEASE, ()) if "scheduler" in flag)
 LAYER_BYTES = 4 * (4 * 96 * 96 + 3 * 96 * 208)  # of its matrices, in fp32 as they are multiplied here
 
 
@@ -103,9 +107,9 @@ def abstract_state(config, n_layers):
 
 @lru_cache
 def compiled(config, n_layers, backend="cpu", layers="loop"):
-    """The step for a state without numbers."""
+    """The step for a state without numbers, its operations in the order that users have."""
     step = make_step(ADAMW, StepConfig(ratios_every=0), Flight(layers=layers), lm.BACKENDS[backend], jr.key(5))
-    return step.lower(abstract_state(config, n_layers), packed_batch(vocab=61)).compile()
+    return step.lower(abstract_state(config, n_layers), packed_batch(vocab=61)).compile(compiler_options=ORDER)
 
 
 def extra(kind, base, n_layers, **flight):
