@@ -20,7 +20,7 @@ from lm.cache import LayerCache  # noqa: E402
 from lm.flight import Flight, Remat, Stack, put_on_flight  # noqa: E402
 from lm.generate import Sampler, generate, stream  # noqa: E402
 from lm.kernels import BACKENDS, REFERENCE, Ops, with_ops  # noqa: E402
-from lm.layers import cast, quantised  # noqa: E402
+from lm.layers import cast, dequantised, quantised  # noqa: E402
 from lm.masks import Facts, may_attend  # noqa: E402
 from lm.models import (  # noqa: E402
     ARCHITECTURES,
@@ -50,6 +50,7 @@ __all__ = [
     "add_lora",
     "build",
     "cast",
+    "dequantised",
     "generate",
     "load_adapter",
     "load_pretrained",

@@ -14,7 +14,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, Int, Key
 
 from lm.kernels import REFERENCE, Ops
-from lm.quant import Quantised, check_kind, pack
+from lm.quant import Quantised, check_kind, pack, unpacked
 
 Activation = Callable[[Array], Array]
 Tree = TypeVar("Tree")
@@ -266,3 +266,9 @@ def quantised(model: Tree, kind: str = "int8", *, group: int | None = None, doub
         return pack(weight, kind, group=group, double=double, dtype=dtype)
 
     return with_matrices(model, packed)
+
+
+def dequantised(model: Tree) -> Tree:
+    """The same model with each packed matrix as an array, in the dtype of its products: it computes what it computed, and can be saved for
+    `transformers`. What the rounding took is not had back."""
+    return jax.tree.map(lambda node: unpacked(node) if _is_packed(node) else node, model, is_leaf=_is_packed)

@@ -182,7 +182,7 @@ class Nibbles(Quantised):
 class Int4Groups(Nibbles):
     """group ≈ scale · (code - 8), sixteen evenly spaced numbers. The scale, one of two for each group, is the one that leaves the
     smaller square error: the entry farthest from 0 becomes -8 exactly, or the farthest on either side fits within -8 … 7. A zero point in
-    place of the fixed 8 costs half a byte a group more and gained less than a smaller group for the same bytes (docs/adapters.md).
+    place of the fixed 8 costs half a byte a group more and gained less than a smaller group for the same bytes (docs/quantised.md).
 
     Bytes: d_out · d_in · (1/2 + 2 / group), d_in rounded up to a multiple of the group.
     """
@@ -248,12 +248,14 @@ class NF4Blocks(Nibbles):
         return {"kind": "nf4", "group": self.block, "double": isinstance(self.scales, DoubleScales), "dtype": str(self.dtype)}
 
     def numbers(self, codes: UInt8[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """By a tree of selections on the bits: a table look-up is one entry at a time on a CPU."""
-        chosen: list[Any] = [*NF4]
+        """By a tree of selections on the codes' bits: a table look-up is one entry at a time on a CPU. What is selected are the bits of
+        the numbers, so that constants stay scalars: whole arrays of them would be made before a scan of layers, all sixteen, and kept."""
+        wide = codes.astype(jnp.uint32)
+        chosen: list[Any] = [*NF4.view(np.uint32)]
         for bit in range(4):
-            is_set = (codes >> bit) & 1 == 1
-            chosen = [jnp.where(is_set, chosen[i + 1], chosen[i]) for i in range(0, len(chosen), 2)]
-        return chosen[0]
+            is_set = -(wide >> bit & 1)  # all ones, or none
+            chosen = [is_set & (low ^ high) ^ low for low, high in zip(chosen[::2], chosen[1::2], strict=True)]
+        return jax.lax.bitcast_convert_type(chosen[0], jnp.float32)
 
     def group_scales(self) -> Float[Array, "d_out groups"]:
         if not isinstance(self.scales, DoubleScales):

@@ -43,6 +43,7 @@ from data.tokenizer import Tokenizer
 from lm.base import AbstractLM
 from lm.digests import digest
 from lm.hf import abstract
+from lm.native import quantisation_of
 from recipes.command_line import CONFIG_FILE, claimed, fail, how_to_resume, parse, resumable
 from recipes.corpus import describe_mixture, describe_packing, describe_source, encode, encode_training
 from recipes.loading import load
@@ -296,6 +297,12 @@ def run(config: Config, folder: Path) -> None:
 
 def prepared(model: AbstractLM, dropout: float) -> AbstractLM:
     """The same weights in fp32, in a model with this dropout. Attention's own is switched off: fast kernels have none."""
+    if packed := quantisation_of(model):
+        kinds = sorted({str(record["kind"]) for record in packed.values()})
+        raise ValueError(
+            f"this model is packed ({', '.join(kinds)}): train the one it was made from; with adapters its weights can be packed for "
+            "the run (--adapter.base, where the recipe has it)"
+        )
     config = model.config
     wanted = {"dropout": dropout, "embed_dropout": dropout, "attention_dropout": 0.0}
     if dropout > 0 and "dropout" not in type(config).model_fields:

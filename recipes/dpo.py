@@ -212,7 +212,7 @@ def run(config: Config, folder: Path) -> None:
 
     def plain(state: TrainState) -> AbstractLM:
         """Adapters merged into the weights: to ask, and to export."""
-        return lm.merge(state.model) if with_adapters else state.model
+        return lm.dequantised(lm.merge(state.model)) if with_adapters else state.model
 
     with Checkpoints(folder / "checkpoints", keep_latest=config.keep_latest) as checkpoints:
         state, start, record = restore(checkpoints, begun, identity, total, by_reference=with_adapters) or (begun, 0, {"train_s": 0.0})

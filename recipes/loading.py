@@ -1,4 +1,5 @@
-"""A model and its tokenizer, from wherever they lie: a run of this project, a Hugging Face folder, a GGUF file, the Hub."""
+"""A model and its tokenizer, from wherever they lie: a run of this project, a Hugging Face folder, a GGUF file, the Hub; with or without an
+adapter on it."""
 
 import json
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ import jax.random as jr
 
 import lm
 from data.tokenizer import Tokenizer
+from lm.adapter_files import ADAPTER_CONFIG
 from lm.base import AbstractLM
 from lm.hf import abstract
 from lm.hf_files import INDEX_FILE, WEIGHTS_FILE
@@ -30,9 +32,15 @@ def load(source: str | Path, *, revision: str | None = None) -> tuple[AbstractLM
     **Arguments:**
 
     - `source`: a run (its export if it has ended, else its last checkpoint), a Hugging Face folder, a GGUF file, or `"owner/name"` on the
-      Hub.
+      Hub; `"BASE+ADAPTER"` is one of these with the adapter of a folder merged in.
     - `revision`: of a repository on the Hub.
+
+    **Raises:** `ValueError` or `FileNotFoundError` for what is none of these, and for an adapter of another base.
     """
+    base, plus, adapter = str(source).rpartition("+")
+    if plus and not Path(source).exists():
+        model, tokenizer, origin = load(base, revision=revision)
+        return lm.merge(lm.load_adapter(model, adapter)), tokenizer, f"{origin} with the adapter {adapter}"
     if is_gguf(source):
         return load_pretrained(source), Tokenizer.load(source), f"{source}"
     folder = Path(source)
@@ -41,6 +49,9 @@ def load(source: str | Path, *, revision: str | None = None) -> tuple[AbstractLM
     if holds_weights(folder):
         return load_pretrained(folder), Tokenizer.load(folder), f"{source}"
     if not (folder / "checkpoints").is_dir():
+        if (folder / ADAPTER_CONFIG).is_file():
+            belongs = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+            raise ValueError(f"{folder} is an adapter, of {belongs}: name its base before it, BASE+{folder}")
         if (folder / "export").is_dir():
             return load(folder / "export")
         raise ValueError(f"{folder} is no run and no model: expected a folder with model.safetensors, or one with checkpoints/")
@@ -78,7 +89,8 @@ def _adapted(run: Path, record: Mapping[str, Any], skeleton: AbstractLM) -> tupl
     with Checkpoints(run / "checkpoints") as checkpoints:
         found = checkpoints.restore({item: jax.eval_shape(lambda: trained)})
     origin = f"{run}, adapters of step {found.step} merged into {record['base']['name']}"
-    return lm.merge(eqx.combine(found.items[item], frozen)), Tokenizer.load(run / "tokenizer"), origin
+    merged = lm.dequantised(lm.merge(eqx.combine(found.items[item], frozen)))  # as the run will export it
+    return merged, Tokenizer.load(run / "tokenizer"), origin
 
 
 def kept_as(model: AbstractLM, weights: str, products: str) -> tuple[AbstractLM, str]:

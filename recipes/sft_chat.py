@@ -246,9 +246,13 @@ def run(config: Experiment, folder: Path, recipe: str) -> None:
         write_json(kept, before)
     logger.info(f"before: {before['loss']:.4f} nats a supervised token")
 
+    # The model as it was goes, in fp32 it would outweigh a packed base. What is not trained of it lives on in `begun`.
+    n_params, n_active = model.n_params, model.n_active_params
+    del loaded, model, tuned
+
     # What the run is made of, for the record.
     peak = peak_flops(device)
-    flops = model_flops_per_token(model.n_active_params, shape.n_layers, shape.d_model, seq)
+    flops = model_flops_per_token(n_active, shape.n_layers, shape.d_model, seq)
     mixture = rows.realised(total * config.batch)
     describe_mixture(mixture)
     conversations = {"train": counts_of(train_tokens), "held_out": counts_of(held_out)}
@@ -261,7 +265,7 @@ def run(config: Experiment, folder: Path, recipe: str) -> None:
         "tokenizer": {"digest": tokenizer.digest, "vocab": tokenizer.vocab_size},
         "packing": rows.describe(),
         "mixture": mixture,
-        "model": {"model_type": shape.model_type, "parameters": model.n_params, "trained": n_trained, **shape.model_dump()},
+        "model": {"model_type": shape.model_type, "parameters": n_params, "trained": n_trained, **shape.model_dump()},
         "adapter": config.adapter.model_dump(mode="json"),
         "steps": total,
         "tokens": rows.pairs_in(total * config.batch),  # padding is none
@@ -282,12 +286,13 @@ def run(config: Experiment, folder: Path, recipe: str) -> None:
         return state.model if averaged is None else averaged
 
     def plain(state: TrainState) -> AbstractLM:
-        """The same, adapters merged into the weights: to ask, and to export."""
-        return lm.merge(judged(state)) if with_adapters else judged(state)
+        """The same, adapters merged into the weights, which are arrays again if they were packed: to ask, and to export."""
+        return lm.dequantised(lm.merge(judged(state))) if with_adapters else judged(state)
 
     with Checkpoints(folder / "checkpoints", keep_latest=config.keep_latest) as checkpoints:
         found = restore(checkpoints, begun, identity, total, by_reference=with_adapters)
         state, start, record = found or (begun, 0, {"train_s": 0.0})
+        del found, begun  # of a run that goes on these are arrays of a beginning that is not needed
         manifest["sessions"] = begin_session(recipe, folder, config, start, session_facts(device, ops, flight, peak))
         write_json(folder / "manifest.json", manifest)
         begin = time.monotonic() - record["train_s"]
@@ -352,7 +357,7 @@ def run(config: Experiment, folder: Path, recipe: str) -> None:
     if text is not None:
         results |= {"before": {"old": before["text"]}, "after": {"old": after["text"]}}
         results["forgotten"] = after["text"]["bits_per_byte"] - before["text"]["bits_per_byte"]
-    plot_curves(folder / "metrics.jsonl", folder / "loss.png", title=f"{model.n_params / 1e6:,.0f}M parameters on {source.name}")
+    plot_curves(folder / "metrics.jsonl", folder / "loss.png", title=f"{n_params / 1e6:,.0f}M parameters on {source.name}")
     plot_tasks(before["tasks"], after["tasks"], folder / "tasks.png")
     if base is not None:
         lm.save_adapter(judged(state), folder / "adapter", base=base, also=also)

@@ -41,7 +41,9 @@ def messages_of(package: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize(("page", "packages"), [("data", ["data"]), ("training", ["lm", "train", "recipes"])])
+@pytest.mark.parametrize(
+    ("page", "packages"), [("data", ["data"]), ("training", ["lm", "train", "recipes"]), ("adapters", ["lm", "train", "recipes"])]
+)
 def test_the_errors_that_a_page_explains_are_those_of_the_code(page: str, packages: list[str]) -> None:
     text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
     explained = [row[0].strip("`") for row in rows_of(DOCS / f"{page}.md", "Errors")]

@@ -152,7 +152,11 @@ def save_pretrained(
     """
     odd = [node for node in jax.tree.leaves(model, is_leaf=_is_odd) if _is_odd(node)]
     if odd:
-        way = "lm.save_native keeps them as they are" if isinstance(odd[0], Quantised) else "merge them, or lm.save_adapter keeps them"
+        way = (
+            "lm.save_native keeps them as they are, lm.dequantised makes arrays of them"
+            if isinstance(odd[0], Quantised)
+            else "merge them, or lm.save_adapter keeps them"
+        )
         raise ValueError(f"a folder for transformers holds plain matrices, and {len(odd)} of this model are {type(odd[0]).__name__}: {way}")
     save_folder(
         model, architecture_of(model.config).hf_names, Path(folder), dtype=dtype, max_shard_bytes=max_shard_bytes, extra_config=extra_config

@@ -1,10 +1,12 @@
 """Fine-tuning from end to end: answers are learned, the run goes on where it was cut off, and what it leaves opens elsewhere."""
 
+import gc
 import json
 import random
 import shutil
 import signal
 import time
+import weakref
 
 import jax
 import numpy as np
@@ -24,6 +26,7 @@ from recipes.loading import load
 from recipes.sft_chat import Config, main
 from recipes.show_chat import Config as ShowConfig
 from recipes.show_chat import main as show
+from train.adapters import adapted
 
 WORDS = ("red", "blue", "green", "white", "black", "brown", "pink", "grey")
 ASK_TIME = {"type": "function", "function": {"name": "time", "arguments": {"place": "Oslo"}}}
@@ -73,10 +76,10 @@ SETTINGS |= {"optimizer": {"name": "adamw"}, "schedule": {"peak": 0.03}}
 def tune(made, run_dir, **changes):
     """The recipe in this process, with the words it said."""
     said = []
-    settings = {"data": str(made / "talk.jsonl"), "text": str(made / "old"), **SETTINGS, **changes}
+    settings = {"source": made / "model", "data": str(made / "talk.jsonl"), "text": str(made / "old"), **SETTINGS, **changes}
     sink = logger.add(lambda message: said.append(message.record["message"]))
     try:
-        main(Config(source=made / "model", run_dir=run_dir, **settings))
+        main(Config(run_dir=run_dir, **settings))
     finally:
         logger.remove(sink)
     return "\n".join(said)
@@ -162,19 +165,21 @@ def test_cut_off_it_goes_on_to_the_identical_result(run, tmp_path):
 
 
 @pytest.mark.heavy
-def test_an_adapter_is_trained_in_place_of_the_weights_and_goes_on_too(made, tmp_path):
+@pytest.mark.parametrize("base_kept", ["as_is", "nf4"])
+def test_an_adapter_is_trained_in_place_of_the_weights_and_goes_on_too(base_kept, made, tmp_path):
     folder = tmp_path / "lora"
-    lora = {"kind": "lora", "rank": 3, "targets": ["attn.*"]}
+    lora = {"kind": "lora", "rank": 3, "targets": ["attn.*"], "base": base_kept}
     said = tune(made, folder, adapter=lora, questions=0, text="none", sample_every=8)
     assert "what the model forgets is not measured" in said
     results = json.loads((folder / "results.json").read_text())
     assert results["loss"]["after"] < results["loss"]["before"]
     base = lm.load_pretrained(made / "model")
-    by_hand = lm.merge(lm.load_adapter(base, folder / "adapter"))
+    kept = base if base_kept == "as_is" else lm.quantised(base, base_kept)
+    by_hand = lm.dequantised(lm.merge(lm.load_adapter(kept, folder / "adapter", base=lm.Base.of(base, "model"))))
     exported = lm.load_pretrained(folder / "export")
     for a, b in zip(*map(jax.tree.leaves, (by_hand, exported)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
-    np.testing.assert_array_equal(exported.embed.weight, base.embed.weight)
+    np.testing.assert_array_equal(exported.embed.weight, lm.dequantised(kept).embed.weight)
     shutil.rmtree(folder / "checkpoints" / "8")
     (folder / "results.json").unlink()
     main(parse(Config, "", recipe="sft_chat", argv=["--resume", "--run-dir", str(folder)]))
@@ -185,6 +190,25 @@ def test_an_adapter_is_trained_in_place_of_the_weights_and_goes_on_too(made, tmp
         lm.load_adapter(other, folder / "adapter")
 
 
+def test_while_a_packed_base_is_trained_on_nothing_holds_what_it_was_packed_from(made, tmp_path, monkeypatch):
+    matrices, alive = [], []
+
+    def packed(model, config, *, key):
+        matrices.extend(weakref.ref(leaf) for leaf in jax.tree.leaves(model) if leaf.ndim == 2)
+        return adapted(model, config, key=key)
+
+    def no_steps(*_, **__):
+        gc.collect()
+        alive.extend(matrix().shape for matrix in matrices if matrix() is not None)
+        raise InterruptedError
+
+    monkeypatch.setattr("recipes.sft_chat.adapted", packed)
+    monkeypatch.setattr("recipes.sft_chat.steps", no_steps)
+    with pytest.raises(InterruptedError):
+        tune(made, tmp_path / "run", adapter={"kind": "lora", "base": "nf4"}, questions=0, text="none", prompts=())
+    assert (len(matrices), alive) == (8, [])
+
+
 def test_impossible_wishes_are_refused_in_words(made, tmp_path):
     with pytest.raises(ValueError, match="--seq 161 is more than the context of this model, 160"):
         tune(made, tmp_path / "a", seq=161)
@@ -192,6 +216,10 @@ def test_impossible_wishes_are_refused_in_words(made, tmp_path):
         tune(made, tmp_path / "b", template="own")
     with pytest.raises(ValueError, match=r"targets: no linear map of the blocks is called attn\.wq; there are attn\.k_proj"):
         tune(made, tmp_path / "d", adapter={"kind": "lora", "targets": ["attn.wq"]}, text="none")
+    lm.save_native(lm.quantised(lm.load_pretrained(made / "model")), tmp_path / "packed")
+    Tokenizer.load(made / "model").save(tmp_path / "packed")
+    with pytest.raises(ValueError, match=r"this model is packed \(int8\): train the one it was made from"):
+        tune(made, tmp_path / "e", source=tmp_path / "packed", text="none")
     (tmp_path / "bad.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n' * 30)
     with pytest.raises(ValueError, match=r"bad.jsonl:\d+: no assistant turn among the roles \['user'\]"):
         tune(made, tmp_path / "c", data=str(tmp_path / "bad.jsonl"))

@@ -167,6 +167,18 @@ def test_merging_into_packed_weights_gives_arrays_and_packing_again_rounds_the_a
     assert 1e-3 < jnp.abs(again - exact).max() / jnp.abs(exact).max() < 0.5
 
 
+def test_what_has_no_adapter_stays_packed_after_a_merge_until_it_is_dequantised(tmp_path):
+    adapted = trained(lm.quantised(tiny("llama", n_layers=1), "nf4", group=8), targets=("attn.q_proj",))
+    merged = lm.merge(adapted)
+    with pytest.raises(ValueError, match=r"8 of this model are .*: lm.save_native keeps them as they are, lm.dequantised makes arrays"):
+        lm.save_pretrained(merged, tmp_path)
+    plain = lm.dequantised(merged)
+    assert_near(logits_of(plain, TOKENS), logits_of(adapted, TOKENS), 2e-5)
+    lm.save_pretrained(plain, tmp_path)
+    assert eqx.tree_equal(lm.load_pretrained(tmp_path), plain)
+    assert eqx.tree_equal(lm.dequantised(plain), plain)
+
+
 def test_an_adapted_model_can_be_packed_and_generates_what_the_merged_one_does():
     adapted = trained(tiny("llama", n_layers=1))
     assert_near(logits_of(lm.quantised(adapted), TOKENS), logits_of(trained(lm.quantised(tiny("llama", n_layers=1))), TOKENS), 1e-6)

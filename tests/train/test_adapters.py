@@ -2,6 +2,7 @@
 
 import re
 from functools import lru_cache
+from importlib import metadata
 
 import equinox as eqx
 import jax
@@ -17,14 +18,14 @@ from lm.flight import Flight
 from train.adapters import AdapterConfig, abstract_adapted, adapted, trained_part
 from train.checkpoint import Checkpoints
 from train.optimizers import OptimizerConfig, build_optimizer
+from train.process import XLA_FLAGS
 from train.step import StepConfig, init_state, make_step
 
 ADAMW = build_optimizer(OptimizerConfig(name="adamw"))
-CPU = lm.BACKENDS["cpu"]
 
 
 DORA = AdapterConfig(kind="dora", rank=5, base="nf4", dropout=0.1)
-STEP = make_step(ADAMW, StepConfig(ratios_every=1), Flight(), CPU, jr.key(5))  # one program, for one kind of state
+STEP = make_step(ADAMW, StepConfig(ratios_every=1), Flight(), lm.BACKENDS["cpu"], jr.key(5))  # one program, for one kind of state
 
 
 def state_of(config, also=(), **options):
@@ -92,6 +93,8 @@ def test_a_checkpoint_by_reference_holds_the_adapters_and_goes_on_as_if_nothing_
 # ------------------------------------------------------------------------------------------- the compiled program
 
 WIDE = {"vocab": 61, "d_model": 96, "n_heads": 6, "n_kv_heads": 6, "head_dim": 16, "d_ff": 208, "context": 64}
+RELEASE = tuple(map(int, metadata.version("jaxlib").split(".")[:2]))
+ORDER = dict(flag.removeprefix("--").split("=") for flag in XLA_FLAGS.get(RELEASE, ()) if "scheduler" in flag)
 LAYER_BYTES = 4 * (4 * 96 * 96 + 3 * 96 * 208)  # of its matrices, in fp32 as they are multiplied here
 
 
@@ -103,37 +106,57 @@ def abstract_state(config, n_layers):
 
 
 @lru_cache
-def compiled(config, n_layers):
-    """The step for a state without numbers."""
-    step = make_step(ADAMW, StepConfig(ratios_every=0), Flight(), CPU, jr.key(5))
-    return step.lower(abstract_state(config, n_layers), packed_batch(vocab=61)).compile()
+def compiled(config, n_layers, backend="cpu", layers="loop"):
+    """The step for a state without numbers, its operations in the order that users have."""
+    step = make_step(ADAMW, StepConfig(ratios_every=0), Flight(layers=layers), lm.BACKENDS[backend], jr.key(5))
+    return step.lower(abstract_state(config, n_layers), packed_batch(vocab=61)).compile(compiler_options=ORDER)
 
 
-def extra(n_layers):
+def extra(kind, base, n_layers, **flight):
     """Temporary bytes of a step over a packed base beyond those of the same step with nothing to unpack."""
-    packed, plain = (compiled(AdapterConfig(rank=3, base=base), n_layers).memory_analysis() for base in ("nf4", "as_is"))
-    return packed.temp_size_in_bytes - plain.temp_size_in_bytes
+    steps = (compiled(AdapterConfig(kind=kind, rank=3, base=each), n_layers, **flight) for each in (base, "as_is"))
+    packed, plain = (step.memory_analysis().temp_size_in_bytes for step in steps)
+    return packed - plain
 
 
-def test_a_packed_base_is_never_unpacked_whole():
-    assert extra(3) < 2 * LAYER_BYTES, (extra(3), LAYER_BYTES)  # HOUSE: two layers' matrices at most
+HEAVY = [
+    pytest.param(kind, base, backend, layers, marks=pytest.mark.heavy)
+    for kind, base in (("lora", "nf4"), ("lora", "int8"), ("dora", "nf4"), ("dora", "int8"))
+    for backend, layers in (("reference", "loop"), ("cpu", "scan"), ("reference", "scan"))
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "base", "backend", "layers"),
+    [("lora", "nf4", "cpu", "loop"), ("lora", "int8", "cpu", "loop"), ("dora", "nf4", "cpu", "loop"), *HEAVY],
+)
+def test_a_packed_base_is_never_unpacked_whole(kind, base, backend, layers):
+    found = extra(kind, base, 3, backend=backend, layers=layers)
+    assert found < 2 * LAYER_BYTES, (found, LAYER_BYTES)  # two layers' matrices at most
 
 
 @pytest.mark.heavy
-def test_unpacking_takes_no_more_for_more_layers():
-    assert extra(9) - extra(3) < 2 * LAYER_BYTES, (extra(3), extra(9), LAYER_BYTES)
+@pytest.mark.parametrize(("kind", "base"), [("lora", "nf4"), ("lora", "int8"), ("dora", "nf4")])
+def test_unpacking_takes_no_more_for_more_layers(kind, base):
+    few, many = extra(kind, base, 3), extra(kind, base, 9)
+    assert many - few < 2 * LAYER_BYTES, (few, many, LAYER_BYTES)
 
 
-def test_lora_computes_no_gradient_of_a_frozen_weight():
-    """Such a gradient is an fp32 matrix of the weight's shape, made by a product; full training, the control, has one for each shape."""
+def products(config):
+    """The shapes of weights among those of all products of a step's program, the right way up or transposed."""
     shapes = {"96,96", "96,208", "208,96", "61,96"}
+    found = re.findall(r"= \w+\[([\d,]+)\]\S* (?:dot|custom-call)\(", compiled(config, 1).as_text())
+    return shapes & {*found, *(",".join(reversed(shape.split(","))) for shape in found)}
 
-    def products(config):
-        found = re.findall(r"= f32\[([\d,]+)\]\S* (?:dot|fusion|custom-call)\(", compiled(config, 1).as_text())
-        return shapes & {*found, *(",".join(reversed(shape.split(","))) for shape in found)}
 
-    assert products(AdapterConfig(kind="none")) == shapes
-    assert not products(AdapterConfig(rank=3)), products(AdapterConfig(rank=3))
+@pytest.mark.parametrize(
+    ("kind", "base"), [("lora", "as_is"), ("rslora", "as_is"), ("dora", "as_is"), ("lora", "int8"), ("lora", "nf4"), ("dora", "nf4")]
+)
+def test_no_gradient_of_a_frozen_weight_is_computed(kind, base):
+    """Such a gradient is a product of the weight's shape; full training, the control, has one for each shape."""
+    assert products(AdapterConfig(kind="none")) == {"96,96", "96,208", "208,96", "61,96"}
+    found = products(AdapterConfig(kind=kind, rank=3, base=base))
+    assert not found, found
 
 
 def test_what_a_step_is_given_shrinks_with_what_is_trained_and_how_the_rest_is_kept():
