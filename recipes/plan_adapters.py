@@ -128,7 +128,7 @@ def megabytes(size: int) -> str:
 
 def beginning(config: Config, asked: dict[str, str]) -> tuple[TrainState, CompiledStep]:
     """The state before the first step, without numbers, and the step."""
-    adapter = AdapterConfig(**asked, rank=config.rank, targets=config.targets)  # type: ignore[arg-type]
+    adapter = AdapterConfig(**asked, rank=config.rank, targets=config.targets)
     skeleton = skeleton_of(config.model)
     ops, flight = flight_of(config, skeleton)
     model, optimizer = abstract_adapted(skeleton, adapter), build_optimizer(OptimizerConfig(name="adamw", weight_decay=0.0))
