@@ -44,8 +44,9 @@ from lm.base import AbstractLM
 from lm.digests import digest
 from lm.hf import abstract
 from lm.native import quantisation_of
-from recipes.command_line import CONFIG_FILE, claimed, fail, how_to_resume, parse, resumable
+from recipes.command_line import claimed, fail, how_to_resume, parse, resumable
 from recipes.corpus import describe_mixture, describe_packing, describe_source, encode, encode_training
+from recipes.finetuning import known_text
 from recipes.loading import load
 from recipes.report import heads, measure, one_sample
 from recipes.running import (
@@ -319,10 +320,7 @@ def old_text(config: Config) -> str | None:
     """What the model was trained on, if that is known or said."""
     if config.replay != "auto":
         return None if config.replay == "none" else config.replay
-    saved = config.source / CONFIG_FILE
-    if not (config.source / "checkpoints").is_dir() or not saved.is_file():
-        return None
-    return json.loads(saved.read_text(encoding="utf-8")).get("data")
+    return known_text(config.source)
 
 
 def with_replay(texts: Mapping[str, Source], tokenizer: Tokenizer, share: float) -> TokenCache | Mixture:

@@ -70,10 +70,16 @@ def test_the_text_a_run_was_trained_on_is_found_back_to_its_beginning(tmp_path):
         "sft": {"data": "instructions", "text": "auto", "source": str(tmp_path / "pretrain")},
         "again": {"data": "x.jsonl", "text": "auto", "source": str(tmp_path / "sft")},
         "other": {"data": "x.jsonl", "text": "novels/", "source": "owner/name"},
+        "pairs": {"data": "pairs.jsonl", "preference": {}, "source": str(tmp_path / "sft")},
+        "rewards": {"algorithm": "grpo", "model": str(tmp_path / "pairs")},
+        "fresh": {"algorithm": "grpo", "model": None},
+        "distilled": {"data": "instructions", "data_kind": "conversations", "teacher": str(tmp_path / "sft")},
     }.items():
         (tmp_path / name / "checkpoints").mkdir(parents=True)
         (tmp_path / name / "config.json").write_text(json.dumps(settings))
-    assert [known_text(tmp_path / name) for name in ("pretrain", "sft", "again", "other")] == ["stdlib", "stdlib", "stdlib", "novels/"]
+    for name in ("pretrain", "sft", "again", "pairs", "rewards", "distilled"):
+        assert known_text(tmp_path / name) == "stdlib"
+    assert (known_text(tmp_path / "other"), known_text(tmp_path / "fresh")) == ("novels/", None)
     assert known_text(tmp_path / "nowhere") is None
 
 
