@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
-from lm import kernels_cpu, kernels_experts
+from lm import kernels_cpu, kernels_cpu_attention, kernels_experts
 from lm.masks import Facts, may_attend
 from lm.quant import Quantised
 
@@ -199,10 +199,10 @@ def _cpu_attention(
     to the last slot is again a row that looks at itself.)"""
     _refuse_dropout("cpu", dropout, key)
     if q.shape[-2] != k.shape[-2]:
-        if k.shape[-2] <= 2 * kernels_cpu.SLOTS:
+        if k.shape[-2] <= 2 * kernels_cpu_attention.SLOTS:
             return attention(q, k, v, query_facts, key_facts, scale, window, softcap, sinks=sinks)
-        return kernels_cpu.cached_attention(q, k, v, query_facts, key_facts, scale, window, softcap, sinks)
-    return kernels_cpu.attention(q, k, v, query_facts.segments, scale, window, softcap, sinks)
+        return kernels_cpu_attention.cached_attention(q, k, v, query_facts, key_facts, scale, window, softcap, sinks)
+    return kernels_cpu_attention.attention(q, k, v, query_facts.segments, scale, window, softcap, sinks)
 
 
 # ------------------------------------------------------------------------------------------- the table

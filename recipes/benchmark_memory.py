@@ -40,7 +40,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from loguru import logger
 
-from lm.kernels_cpu import block_of
+from lm.kernels_cpu_attention import block_of
 from recipes.benchmark_config import SIZES, Config, Figures, RematName, few, spec_of, tokens_of
 from recipes.benchmark_workers import all_of, in_turns, ours, together
 

@@ -16,7 +16,7 @@ PACKAGES = ("lm", "data", "train", "recipes")
 
 # From the ground up; a module may import its own floor (without circles) and those before it.
 LM_FLOORS = (
-    ("masks", "kernels", "kernels_cpu", "kernels_experts", "quant", "digests"),
+    ("masks", "kernels", "kernels_cpu", "kernels_cpu_attention", "kernels_experts", "quant", "digests"),
     ("layers", "rope", "cache", "moe", "sampling"),
     ("base",),
     ("attention",),

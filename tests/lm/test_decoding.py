@@ -52,7 +52,7 @@ def test_read_in_chunks_taken_back_and_read_on_equals_the_full_forward(name, bac
 
 def test_many_slots_are_read_block_by_block(monkeypatch):
     """The processor's own way through caches of more than two blocks; windows, and a chunk that begins inside a block."""
-    monkeypatch.setattr(lm.kernels.kernels_cpu, "SLOTS", 8)
+    monkeypatch.setattr(lm.kernels.kernels_cpu_attention, "SLOTS", 8)
     model = tiny("gemma3_text", **WINDOWED)
     full = logits_of(model, jnp.asarray(TOKENS))
     state = begin(model, 1, SLOTS)

@@ -13,9 +13,10 @@ import pytest
 from tiny import facts_of, packed_batch, tiny
 
 import lm
-import lm.kernels_cpu as kernels_cpu
+import lm.kernels_cpu_attention as attention_module
 from lm.flight import Flight, put_on_flight
-from lm.kernels_cpu import BLOCK, FEW, FEW_PACKED, LONG, SLOTS
+from lm.kernels_cpu import FEW, FEW_PACKED
+from lm.kernels_cpu_attention import BLOCK, LONG, SLOTS
 from lm.quant import Int8Rows
 
 HEAD_DIM, SCALE = 8, 0.3
@@ -96,9 +97,9 @@ def test_equals_reference_in_a_window_over_a_long_row():
 
 @pytest.mark.parametrize("window", [None, 20, 70])
 def test_longer_blocks_in_longer_rows_equal_the_reference(monkeypatch, window):
-    monkeypatch.setattr(kernels_cpu, "BLOCK", 8)
-    monkeypatch.setattr(kernels_cpu, "LONG", 100)
-    assert [kernels_cpu.block_of(310, each) for each in (None, 20, 7)] == [16, 16, 8]
+    monkeypatch.setattr(attention_module, "BLOCK", 8)
+    monkeypatch.setattr(attention_module, "LONG", 100)
+    assert [attention_module.block_of(310, each) for each in (None, 20, 7)] == [16, 16, 8]
     assert_equals_reference(packed_facts(310, (2,), padding=13), inputs(310, (2,)), window)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lm
-from lm.kernels_cpu import BLOCK, SLOTS
+from lm.kernels_cpu_attention import BLOCK, SLOTS
 
 HEADS, KV_HEADS, HEAD_DIM, SCALE = 6, 2, 4, 0.4
 ROUNDING = 3e-6  # fp32 over the largest entry, as in test_kernels_cpu
