@@ -149,7 +149,7 @@ Objective = Callable[[Any, Any, Array], Told]
 
 
 def init_state(
-    model: AbstractLM,
+    model: eqx.Module,
     optimizer: optax.GradientTransformationExtraArgs,
     *,
     frozen: Sequence[str] = (),
@@ -160,6 +160,7 @@ def init_state(
 
     **Arguments:**
 
+    - `model`: an `AbstractLM`, or a module that holds one.
     - `frozen`: roles or paths of what is not trained (`train.optimizers`); every other floating array is.
     - `trainable`: a tree of bools like the model, such as `lm.trainable_filter` gives: what is trained, less what is `frozen`. `None`:
       every floating array.
