@@ -91,10 +91,12 @@ class Imitation:
     """Learning a fixed set of worked examples by heart, as far as it goes: next-token loss on their solutions, a shuffled pass after the
     other. The batch of a step is a function of (seed, step)."""
 
-    def __init__(self, model: AbstractLM, drawing: Drawing, examples: Sequence[Problem], *, batch: int, peak: float, seed: int) -> None:
+    def __init__(
+        self, model: AbstractLM, drawing: Drawing, examples: Sequence[Problem], *, batch: int, peak: float, decay: float, seed: int
+    ) -> None:
         rows = drawing.prompting.rows(examples, drawing.task, drawing.row)
         self._rows, self._batch, self._peak, self._seed = rows, min(batch, len(examples)), peak, seed
-        optimizer = build_optimizer(OptimizerConfig(name="adamw", beta2=0.99, weight_decay=0.1))
+        optimizer = build_optimizer(OptimizerConfig(name="adamw", beta2=0.99, weight_decay=decay))
         self._step = make_step(optimizer, StepConfig(ratios_every=0), drawing.flight, drawing.ops, jr.key(seed))
         self.state = init_state(jax.tree.map(jnp.copy, model), optimizer)
 

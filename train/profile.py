@@ -18,9 +18,7 @@ from loguru import logger
 SHOWN = 12  # rows of the table
 
 
-def profiled(
-    training: Iterable[tuple[int, Any, Any]], folder: Path, *, first: int, count: int
-) -> Generator[tuple[int, Any, Any], None, None]:
+def profiled(training: Iterable[tuple[Any, ...]], folder: Path, *, first: int, count: int) -> Generator[tuple[Any, ...], None, None]:
     """What `training` yields, unchanged, with `count` steps traced once `first` steps of this process are done: the first one compiles,
     which tells nothing of the others.
 
@@ -30,7 +28,7 @@ def profiled(
 
     **Arguments:**
 
-    - `training`: `(done, state, metrics)` after each step, as from `train.loop.steps`.
+    - `training`: `(done, state, ...)` after each step, as from `train.loop.steps`.
     - `folder`: gets `plugins/profile/TIME/perfetto_trace.json.gz`.
     """
     if first < 1 or count < 1:
@@ -38,13 +36,14 @@ def profiled(
     seen, traced, state = 0, 0, None
     tracing = False
     try:
-        for done, state, metrics in training:
+        for after in training:
+            done, state, *_ = after
             seen += 1
             traced += tracing
             if traced == count and tracing:
                 tracing = False
                 _end(folder, state, traced, count)
-            yield done, state, metrics
+            yield after
             if seen == first:
                 jax.block_until_ready(state)
                 jax.profiler.start_trace(folder, create_perfetto_trace=True)

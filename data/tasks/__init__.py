@@ -18,12 +18,13 @@ weights and logged by their names; one of weight 0 is only logged.
 
 from collections.abc import Callable
 
-from data.tasks import arithmetic, calculator, countdown, letters
+from data.tasks import arithmetic, calculator, constraints, countdown, letters
 from data.tasks.problems import Task
 
 TASKS: dict[str, Callable[[], Task]] = {
     "arithmetic": arithmetic.task,
     "calculator": calculator.task,
+    "constraints": constraints.task,
     "countdown": countdown.task,
     "counting": letters.counting,
     "reversal": letters.reversal,

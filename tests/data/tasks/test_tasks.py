@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from data.tasks import arithmetic, calculator, countdown, formats, gsm8k, ifeval, letters, reasoning
+from data.tasks import arithmetic, calculator, constraints, countdown, formats, gsm8k, ifeval, letters, reasoning
 from data.tasks.ifeval_rules import RULES
 from data.tasks.problems import Problem, score
 
@@ -229,3 +229,63 @@ def test_a_scorer_that_rewards_nonsense_is_found() -> None:
     made = arithmetic.task()
     fooled = type(made)(**(vars(made) | {"rewards": {"correct": lambda p, a: float("a" in a)}}))
     assert {answer for _, answer, _ in reasoning.suspicious(fooled, fooled.held_out[:3])} == {"banana"}
+
+
+def about_rivers(place: int) -> Problem:
+    """The problem of the constraint at this place, about rivers."""
+    return next(
+        p
+        for p in (t for t in [*constraints.task().train, *constraints.task().held_out] if t.facts["thing"] == "rivers")
+        if p.facts["rule"] == constraints._CONSTRAINTS[place][1]
+    )
+
+
+@pytest.mark.parametrize(
+    ("place", "answer", "followed", "about"),
+    [
+        (0, "every river carries water to the sea", 1, 1),
+        (0, "Every river carries water to the sea", 0, 1),
+        (0, "cats sleep all day long here", 1, 0),
+        (0, "rivers", 1, 0),  # too short to say something
+        (1, "RIVERS CARRY WATER TO THE SEA", 1, 1),
+        (2, '"Rivers carry water to the sea."', 1, 1),
+        (2, 'Rivers carry "water" to the sea.', 0, 1),
+        (5, "Rivers carry water to the sea.", 1, 1),
+        (5, "Rivers carry water to the sea and to the lakes beside it.", 0, 1),
+        (6, "<<Rivers>> They carry water to the sea.", 1, 1),
+        (6, "<Rivers> They carry water to the sea.", 0, 1),
+        (7, "* Rivers carry water.\n* They reach the sea.", 1, 1),
+        (7, "* Rivers carry water to the sea.", 0, 1),
+        (0, "", 0, 0),
+        (7, "]]]]", 0, 0),
+    ],
+)
+def test_constraints(place: int, answer: str, followed: float, about: float) -> None:
+    problem = about_rivers(place)
+    assert (constraints.followed(problem, answer), constraints.about(problem, answer)) == (followed, about)
+    assert constraints.solved(problem, answer) == followed * about
+
+
+def test_constraints_that_name_words_are_judged_by_those_they_name() -> None:
+    keyword, ending = about_rivers(3), about_rivers(4)
+    word, end = keyword.facts["told"]["keywords"][0], ending.facts["told"]["end_phrase"]
+    assert f'"{word}"' in keyword.prompt
+    assert f'"{end}"' in ending.prompt
+    assert constraints.solved(keyword, f"Some rivers are {word} and wide.") == 1
+    assert constraints.solved(keyword, "Some rivers are deep and wide.") == 0
+    assert constraints.solved(ending, f"Some rivers are deep and wide. {end}") == 1
+    assert constraints.solved(ending, f"{end} Some rivers are deep and wide.") == 0
+
+
+def test_things_and_words_of_held_out_prompts_occur_in_no_training_prompt() -> None:
+    made = constraints.task()
+    assert (len(made.train), len(made.held_out)) == (80 * 3 * 8, 40 * 8)
+    for told in (
+        lambda p: p.facts["thing"],
+        lambda p: p.facts["told"].get("keywords", [None])[0],
+        lambda p: p.facts["told"].get("end_phrase"),
+    ):
+        train, held_out = ({told(p) for p in part} - {None} for part in (made.train, made.held_out))
+        assert len(train) > 3
+        assert len(held_out) >= 3
+        assert not train & held_out
