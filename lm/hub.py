@@ -3,7 +3,8 @@
 The revision (a branch, a tag or a commit) is resolved to a commit once, and all files are of that commit; a commit given is the same for
 ever. Fetched are `config.json`, the tokenizer's files, of models published from here `lineage.json` and a reward model's head, and the
 model's safetensors, nothing else. Interrupted downloads go on where they stopped, files that are there are not fetched again, and with
-`HF_HUB_OFFLINE=1` nothing is asked of the network. Private and gated repositories need the library's usual token (`HF_TOKEN`, or `hf auth login`).
+`HF_HUB_OFFLINE=1` nothing is asked of the network. Private and gated repositories need the library's usual token (`HF_TOKEN`, or
+`hf auth login`).
 """
 
 import glob
