@@ -333,7 +333,7 @@ class CompiledStep:
         done, metrics = self.jitted(replace(state, frozen=None), state.frozen, self.held, batch, *rates)
         return replace(done, frozen=state.frozen), metrics
 
-    def lower(self, state: TrainState, batch: Batch) -> Any:
+    def lower(self, state: TrainState, batch: Any) -> Any:
         """The program for a state and a batch, which may be abstract (`jax.ShapeDtypeStruct`), not yet compiled: a `jax.stages.Lowered`."""
         rate = jax.ShapeDtypeStruct((), jnp.float32)
         changing = eqx.tree_at(lambda s: s.frozen, state, None)  # `replace` would check that its arrays are arrays
