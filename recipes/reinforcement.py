@@ -72,6 +72,7 @@ class RLConfig(RunConfig):
     passes: int = Field(1, ge=1, description="times each batch is learned from")
     parts: int = Field(1, ge=1, description="updates in one pass: the batch in so many parts")
     peak: float = Field(5e-4, gt=0, description="learning rate of RL, after a rise over 10 steps")
+    cooldown: float = Field(0.0, ge=0, lt=1, description="share of the steps, at the end, over which the learning rate falls to a tenth")
     optimizer: OptimizerConfig = OptimizerConfig(name="adamw", beta2=0.99, weight_decay=0.0)
     step: StepConfig = StepConfig()
     clip_low: float | None = Field(None, gt=0, description="the ratio is clipped at 1 - this; None: the algorithm's own")
@@ -139,7 +140,7 @@ class RLConfig(RunConfig):
 def drawing_for(config: RLConfig, task: Task, model: AbstractLM, tokenizer: Tokenizer, device: jax.Device, origin: str) -> Drawing:
     """How this model answers this task's prompts, on this device; both are told of. `origin`: where the model is from."""
     prompting = Prompting.of(tokenizer)
-    width = prompting.width([*task.train, *task.held_out])
+    width = prompting.width([*task.train, *task.held_out], multiple=1)
     seq = width + config.max_new_tokens
     ops, flight = choose_flight(config, device_facts(device), n_layers=model.config.n_layers, seq=seq, **attention_of(model))
     logger.info(
@@ -205,7 +206,7 @@ class Learner:
         metrics["idle"] = bool(np.all(batch.advantages == 0))
         clock.lap("check_s")
 
-        rate = config.peak * min(1.0, (index + 1) / RISE)
+        rate = rate_at(config, index)
         told = []
         for i in range(config.passes):
             for part in parts_of(batch, config.parts, (config.seed, index, i)):
@@ -215,6 +216,13 @@ class Learner:
         clock.lap("update_s")
         metrics |= {**clock.seconds, "rollout_tokens_per_s": metrics["tokens_generated"] / clock.seconds["rollout_s"]}
         return Iteration(index + 1, state, metrics, judged, advantages)
+
+
+def rate_at(config: RLConfig, index: int) -> float:
+    """The learning rate of step `index`: up over 10 steps, level, and down to a tenth over the cooldown, all in straight lines."""
+    falling = config.cooldown * config.steps
+    rest = min(1.0, (config.steps - 1 - index) / falling) if falling else 1.0
+    return config.peak * min((index + 1) / RISE, 0.1 + 0.9 * rest, 1.0)
 
 
 class Iteration(NamedTuple):

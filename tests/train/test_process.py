@@ -53,7 +53,7 @@ def test_settings_once_made_are_not_made_again() -> None:
         ({"glibc": (2, 31)}, "GLIBC_TUNABLES", "glibc 2.35 or later, found 2.31"),
         ({"glibc": None}, "GLIBC_TUNABLES", "found none"),
         ({"huge_pages": "never"}, "GLIBC_TUNABLES", "transparent_hugepage is 'never'"),
-        ({"jaxlib": "0.11.0"}, "XLA_FLAGS", "no flags are known to be valid for jaxlib 0.11.0"),
+        ({"jaxlib": "0.11.0"}, "XLA_FLAGS", "no flags are known to be good for jaxlib 0.11.0"),
     ],
 )
 def test_a_setting_left_alone_says_why(changes: dict, variable: str, words: str) -> None:
@@ -69,7 +69,7 @@ def test_a_setting_left_alone_says_why(changes: dict, variable: str, words: str)
         ({}, {"accelerator": "an NVIDIA GPU"}, "an NVIDIA GPU does the work"),
         ({}, {"arch": "aarch64"}, "this is Linux aarch64"),
         ({}, {"system": "Darwin", "arch": "arm64"}, "this is Darwin arm64"),
-        ({}, {"cpu_flags": frozenset({"avx2"})}, "avx512_bf16"),
+        ({}, {"cpu_flags": frozenset({"sse4_2"})}, "avx2 or more only"),
     ],
 )
 def test_nothing_is_set_where_the_cpu_does_not_work_or_is_another(environ: dict, changes: dict, words: str) -> None:
@@ -77,6 +77,15 @@ def test_nothing_is_set_where_the_cpu_does_not_work_or_is_another(environ: dict,
     assert advice.environ == {}
     assert words in advice.malloc
     assert words in advice.xla
+
+
+def test_a_processor_without_bf16_gets_what_was_measured_without_it() -> None:
+    advice = settings({}, machine(cpu_flags=frozenset({"avx2"}), jaxlib="0.10.2"))
+    assert advice.environ == {"XLA_FLAGS": "--xla_cpu_experimental_ynn_fusion_type=-reduce"}
+    assert "which this processor lacks" in advice.malloc
+    newer = settings({}, machine(cpu_flags=frozenset({"avx2"}), jaxlib="0.12.0"))
+    assert newer.environ == {}
+    assert "no flags are known to be good for jaxlib 0.12.0" in newer.xla
 
 
 def test_the_cpu_of_a_gpu_machine_is_set_when_asked_for_by_name() -> None:
