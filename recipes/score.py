@@ -37,9 +37,7 @@ from pydantic import Field
 from data.preferences import messages_of, pair_of, records_of
 from data.tasks.problems import Problem, Reward
 from data.tokenizer import Tokenizer
-from lm.flight import Flight
 from lm.hub import folder_of
-from lm.kernels import Ops
 from recipes.command_line import RecipeConfig, fail
 from recipes.prompting import Prompting
 from recipes.running import ENDS_IN_WORDS, RunConfig, choose_flight
@@ -50,6 +48,8 @@ from train.reward_model import RewardBatch, RewardModel, load_reward_model, make
 from train.runtime import choose_device, device_facts
 
 Prompt = str | Sequence[Mapping[str, str]]  # a text, or messages of which the last is not the assistant's
+Device = Literal["auto", "cpu", "gpu", "tpu"]
+DType = Literal["auto", "float32", "bfloat16"]
 LEAST_WIDTH = 16  # tokens; rows are as wide as this times a power of two, so that few programs serve all
 
 
@@ -63,21 +63,20 @@ class Scorer:
     rows: int  # texts at a time
 
     @staticmethod
-    def of(model: RewardModel, prompting: Prompting, flight: Flight, ops: Ops, *, rows: int = 64) -> "Scorer":
-        """`rows`: texts at a time."""
-        return Scorer(model, prompting, make_rewards(flight, ops), rows)
+    def load(source: str | Path, *, rows: int = 64, device: Device = "auto", dtype: DType = "auto") -> "Scorer":
+        """From a run of `recipes.reward_model` that has ended, or a folder like its `export/`, here or on the Hub.
 
-    @staticmethod
-    def load(source: str | Path, *, rows: int = 64, device: Literal["auto", "cpu", "gpu", "tpu"] = "auto") -> "Scorer":
-        """From a run of `recipes.reward_model` that has ended, or a folder like its `export/`, here or on the Hub."""
+        **Arguments:**
+
+        - `rows`: texts at a time.
+        - `dtype`: operands of the blocks' products; `auto`: as recipes choose for the device.
+        """
         where = choose_device(device)
         folder = reward_folder(source)
         model = load_reward_model(folder)
-        how = RunConfig(device=device)
-        ops, flight = choose_flight(
-            how, device_facts(where), n_layers=model.base.config.n_layers, seq=model.base.config.context, **attention_of(model.base)
-        )
-        return Scorer.of(model, Prompting.of(Tokenizer.load(folder)), flight, ops, rows=rows)
+        sizes = {"n_layers": model.base.config.n_layers, "seq": model.base.config.context}
+        ops, flight = choose_flight(RunConfig(dtype=dtype), device_facts(where), **sizes, **attention_of(model.base))
+        return Scorer(model, Prompting.of(Tokenizer.load(folder)), make_rewards(flight, ops), rows)
 
     def score(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Float[np.ndarray, " answers"]:
         """The reward of each answer to its prompt.
@@ -214,7 +213,8 @@ class Config(RecipeConfig):
     file: Annotated[Path, tyro.conf.Positional] = Field(description="records of prompts and answers: .json, .jsonl, or either with .gz")
     out: Path | None = Field(None, description="where the records go, with their rewards; None: to the screen")
     rows: int = Field(64, ge=1, description="texts at a time")
-    device: Literal["auto", "cpu", "gpu", "tpu"] = Field("auto", description="where to compute")
+    device: Device = Field("auto", description="where to compute")
+    dtype: DType = Field("auto", description="operands of the blocks' products")
 
 
 def main(config: Config) -> list[dict[str, Any]]:
@@ -223,7 +223,7 @@ def main(config: Config) -> list[dict[str, Any]]:
     asked = read_asked(config.file)
     if config.out is not None and config.out.exists():
         raise ValueError(f"{config.out} exists: name another file with --out, or remove it")
-    scorer = Scorer.load(config.model, rows=config.rows, device=config.device)
+    scorer = Scorer.load(config.model, rows=config.rows, device=config.device, dtype=config.dtype)
     prompts = [each.prompt for each in asked for _ in each.answers]
     rewards = scorer.score(prompts, [answer for each in asked for answer in each.answers])
     records = list(with_rewards(asked, rewards))

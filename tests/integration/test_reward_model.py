@@ -139,7 +139,7 @@ def test_on_a_task_the_best_of_several_answers_is_taken(start, tmp_path, monkeyp
 
 @pytest.fixture(scope="module")
 def scorer(start, run):
-    return Scorer.load(start / "run", rows=4, device="cpu")
+    return Scorer.load(start / "run", rows=4, device="cpu", dtype="float32")
 
 
 def test_a_scorer_gives_the_rewards_of_training_whatever_is_scored_beside(start, run, scorer) -> None:
