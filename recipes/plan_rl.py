@@ -44,7 +44,6 @@ from train.rollout import draw_program, start_program
 from train.runtime import choose_device, device_facts
 from train.step import init_state, make_step
 
-
 RECIPES = ("grpo_gsm8k",)  # whose flags may follow
 
 
