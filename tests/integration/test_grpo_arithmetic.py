@@ -177,13 +177,13 @@ FLAGS += ["--task=reversal", "--warm-examples=0", "--steps=1", "--backend=refere
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--n=1"], "n: grpo compares the answers to one prompt, so it needs at least 2 of them, got n = 1"),
+        (["--n=1"], "grpo compares the answers to one prompt, so it needs at least 2 of them, got n = 1"),
         (["--kl=k1"], "kl k1 says how a KL is estimated, and kl_weight 0 asks for none: add a --kl-weight"),
         (["--max-new-tokens=250"], "answers of up to 250 are more than the model's context of 256: take a smaller --max-new-tokens"),
         (["--algorithm=dapo", "--overlong-buffer=11"], "overlong_buffer (11 tokens) must be no more than max_new_tokens (10)"),
         (["--warm-examples=300"], "--warm-examples 300 takes all 300 problems of reversal, and RL would have none"),
         (["--reward-weights", "style", "1"], "task 'reversal' has no reward called style; it has correct, letters"),
-        (["--temperature=0"], "--temperature: Input should be greater than 0"),
+        (["--temperature=0"], "temperature: Input should be greater than 0"),
         (["--model=nowhere"], "nowhere does not exist: expected the folder of a model"),
         (["--prompts=5", "--parts=2"], "prompts x n (15) must be a multiple of parts x step.micro_batches"),
     ],
@@ -191,7 +191,7 @@ FLAGS += ["--task=reversal", "--warm-examples=0", "--steps=1", "--backend=refere
 def test_what_cannot_work_ends_in_words(tmp_path, flags, words) -> None:
     status, said = run_here([*FLAGS, "--run-dir", tmp_path / "run", *flags], "grpo_arithmetic")
     assert status == 2, said
-    assert f"error: {words}" in said.replace("\n", " ")
+    assert words in " ".join(said.split())  # tyro writes a box of narrow lines
     assert "Traceback" not in said
 
 
