@@ -40,13 +40,8 @@ def read_pairs(path: Path) -> list[Pair]:
 
     **Raises:** `ValueError` that names the record which is not a pair.
     """
-    if not path.is_file():
-        raise ValueError(f"no file of preferences at '{path}': expected .json, .jsonl, or either with .gz")
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8") as file:
-        text = file.read()
     pairs = []
-    for number, record in enumerate(_records(text, path), start=1):
+    for number, record in enumerate(records_of(path), start=1):
         try:
             pairs.append(pair_of(record))
         except (KeyError, TypeError, ValueError) as error:
@@ -56,7 +51,19 @@ def read_pairs(path: Path) -> list[Pair]:
     return pairs
 
 
-def _records(text: str, path: Path) -> Iterator[Any]:
+def records_of(path: Path) -> Iterator[Any]:
+    """The records of a `.json` or `.jsonl` file, gzipped or not.
+
+    **Raises:** `ValueError` for what is not JSON, with the line.
+    """
+    if not path.is_file():
+        raise ValueError(f"no file at '{path}': expected .json, .jsonl, or either with .gz")
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8") as file:
+            text = file.read()
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        raise ValueError(f"'{path}' is not whole text in UTF-8, gzipped or not as its name says: {error}") from error
     if text.lstrip()[:1] == "[":
         try:
             yield from json.loads(text)
@@ -73,9 +80,9 @@ def _records(text: str, path: Path) -> Iterator[Any]:
 
 def pair_of(record: Mapping[str, Any]) -> Pair:
     """**Raises:** `ValueError` or `KeyError` where the record is no pair."""
-    chosen, rejected = _messages(record["chosen"], "assistant"), _messages(record["rejected"], "assistant")
+    chosen, rejected = messages_of(record["chosen"], "assistant"), messages_of(record["rejected"], "assistant")
     if "prompt" in record or "conversations" in record:
-        shared = _messages(record["prompt"] if "prompt" in record else record["conversations"], "user")
+        shared = messages_of(record["prompt"] if "prompt" in record else record["conversations"], "user")
         if chosen[: len(shared)] == shared and len(chosen) > 1:
             chosen, rejected = chosen[len(shared) :], rejected[len(shared) :]
     else:
@@ -90,11 +97,16 @@ def pair_of(record: Mapping[str, Any]) -> Pair:
     return Pair(shared, chosen[0]["content"], rejected[0]["content"])
 
 
-def _messages(value: Any, role: str) -> list[dict[str, str]]:
-    """A text (by `role`), a message or several, as `{"role", "content"}`."""
+def messages_of(value: Any, role: str) -> list[dict[str, str]]:
+    """A text (by `role`), a message or several, as `{"role", "content"}`.
+
+    **Raises:** `KeyError` or `TypeError` for what is none of these.
+    """
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     several: Sequence[Any] = [value] if isinstance(value, Mapping) else value
+    if not isinstance(several, list) or not all(isinstance(m, Mapping) for m in several):
+        raise TypeError(f"expected a text, a message or a list of messages, got {value!r}")
     return [
         {"role": _ROLES.get(said := m.get("role") or m["from"], said), "content": str(m["content"] if "content" in m else m["value"])}
         for m in several

@@ -7,7 +7,7 @@ holds one turn and the turns are stacked. Numbers are the same in every flight, 
 """
 
 from collections.abc import Iterator
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -16,13 +16,22 @@ from jaxtyping import Array
 from pydantic import BaseModel
 
 from lm.adapters import KeyedAdapters, LoRA, has_dropout
-from lm.base import AbstractBlock, AbstractLM, Aux, add_aux
+from lm.base import AbstractBlock, Aux, add_aux
 from lm.kernels import Ops, with_ops
 from lm.layers import ExpertLinear, Linear
 from lm.masks import Facts
 from lm.quant import Quantised
 
-Model = TypeVar("Model", bound=AbstractLM)
+
+@runtime_checkable
+class HasBlocks(Protocol):
+    """What can be put on flight: an `AbstractLM`, or a module that holds one and shows its blocks."""
+
+    @property
+    def blocks(self) -> tuple[Any, ...]: ...
+
+
+Model = TypeVar("Model", bound=HasBlocks)
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,  # keep only the block's input

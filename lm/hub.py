@@ -1,9 +1,10 @@
 """Where a model lies: a folder here, or a repository of the Hugging Face Hub, which is fetched into that library's cache.
 
 The revision (a branch, a tag or a commit) is resolved to a commit once, and all files are of that commit; a commit given is the same for
-ever. Fetched are `config.json`, the tokenizer's files, `lineage.json` (of models published from here) and safetensors, nothing else.
-Interrupted downloads go on where they stopped, files that are there are not fetched again, and with `HF_HUB_OFFLINE=1` nothing is asked of
-the network. Private and gated repositories need the library's usual token (`HF_TOKEN`, or `hf auth login`).
+ever. Fetched are `config.json`, the tokenizer's files, of models published from here `lineage.json` and a reward model's head, and the
+model's safetensors, nothing else. Interrupted downloads go on where they stopped, files that are there are not fetched again, and with
+`HF_HUB_OFFLINE=1` nothing is asked of the network. Private and gated repositories need the library's usual token (`HF_TOKEN`, or
+`hf auth login`).
 """
 
 import glob
@@ -17,7 +18,7 @@ from lm.hf_files import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, no_safetensors, w
 
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # not ./folder or ../folder
 _SMALL_FILES = [
-    CONFIG_FILE, INDEX_FILE, "generation_config.json", "lineage.json",
+    CONFIG_FILE, INDEX_FILE, "generation_config.json", "lineage.json", "reward_head.safetensors",
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "vocab.json", "merges.txt",
 ]  # fmt: skip
 

@@ -124,7 +124,7 @@ def known_text(source: Path) -> str | None:
         return known_text(Path(settings["source"]))
     if settings.get("data_kind") == "conversations":  # of `recipes.distill`
         return known_text(Path(settings["teacher"]))
-    if "preference" in settings:  # of `recipes.dpo`, whose data are pairs
+    if "preference" in settings or "reward" in settings:  # of `recipes.dpo` or `recipes.reward_model`, whose data are pairs
         return known_text(Path(settings["source"]))
     if "algorithm" in settings:  # of `recipes.grpo_arithmetic`
         return None if settings["model"] is None else known_text(Path(settings["model"]))

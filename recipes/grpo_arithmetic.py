@@ -112,6 +112,10 @@ def run(config: Config, folder: Path) -> None:
         save_config(config, folder)
 
     # Imitation: once a run; where it ended is kept in start/.
+    if config.warm_examples >= len(task.train):
+        raise ValueError(
+            f"--warm-examples {config.warm_examples} takes all {len(task.train)} problems of {task.name}, and RL would have none"
+        )
     order = np.random.default_rng((config.seed, 1)).permutation(len(task.train))
     examples = [task.train[i] for i in order[: config.warm_examples]]
     fresh = replace(task, train=[task.train[i] for i in order[config.warm_examples :]])  # RL never sees the examples

@@ -58,6 +58,8 @@ def load(source: str | Path, *, revision: str | None = None) -> tuple[AbstractLM
     if exported_step(folder) == newest_step(folder):
         return load(folder / "export")
     record = read_record(folder / "checkpoints")
+    if record.get("reward_model"):
+        raise ValueError(f"{folder} trains a reward model and has not ended: its export/ can be opened once it has (--resume)")
     architecture = ARCHITECTURES[record["model_type"]]
     skeleton = abstract(architecture.model.init, architecture.config(**record["model"]))
     if "adapter" in record and record["adapter"]["kind"] != "none":

@@ -112,6 +112,12 @@ class RLConfig(RunConfig):
     def _fits_together(self) -> Self:
         if (self.prompts * self.n) % (self.parts * self.step.micro_batches):
             raise ValueError(f"prompts x n ({self.prompts * self.n}) must be a multiple of parts x step.micro_batches")
+        if self.kl != "k3" and not self.kl_weight:
+            raise ValueError(
+                f"kl {self.kl} says how a KL is estimated, and kl_weight 0 asks for none: add a --kl-weight, or leave out --kl"
+            )
+        if self.chosen.overlong and self.overlong_buffer > self.max_new_tokens:
+            raise ValueError(f"overlong_buffer ({self.overlong_buffer} tokens) must be no more than max_new_tokens ({self.max_new_tokens})")
         return self
 
     @property
@@ -141,7 +147,13 @@ def drawing_for(config: RLConfig, task: Task, model: AbstractLM, tokenizer: Toke
         f"task {task.name}: {len(task.train):,} problems to learn from, {len(task.held_out):,} held out; prompts of up to {width} tokens"
     )
     logger.info(f"model: {model.n_params:,} parameters, from {origin}; on {device.device_kind}: kernels {ops.name}, {flight.dtype}")
-    return Drawing(task, prompting, width, config.max_new_tokens, config.drawn_by, flight, ops)
+    drawing = Drawing(task, prompting, width, config.max_new_tokens, config.drawn_by, flight, ops)
+    if width + drawing.longest > model.config.context:
+        raise ValueError(
+            f"prompts of up to {width} tokens and answers of up to {drawing.longest} are more than the model's context of "
+            f"{model.config.context}: take a smaller --max-new-tokens, shorter prompts, or a model with a longer context"
+        )
+    return drawing
 
 
 # ------------------------------------------------------------------------------------------- one step

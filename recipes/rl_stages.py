@@ -44,7 +44,7 @@ class Drawing:
     @property
     def row(self) -> int:
         """Targets of a row that holds any prompt and answer."""
-        return self.width + self.longest - 1
+        return row_for(self.width + self.longest - 1)
 
     @property
     def longest(self) -> int:
@@ -82,6 +82,12 @@ class Drawing:
             if on_part is not None:
                 on_part(at + len(some))
         return np.concatenate(found)
+
+
+def row_for(targets: int) -> int:
+    """How wide a row of at least so many targets is: of long ones a multiple of 64, as matrix products on GPUs want it. XLA's own find no
+    tiles for 16 rows of 767."""
+    return targets if targets <= 256 else -(-targets // 64) * 64
 
 
 # ------------------------------------------------------------------------------------------- imitation

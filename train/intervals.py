@@ -32,9 +32,9 @@ class Estimate(NamedTuple):
         return self._asdict()
 
 
-def wilson(right: int, n: int) -> Estimate:
-    """The share `right / n`. The interval holds every p for which the share lies within Z standard errors of p:
-    (p̂ + Z²/2n ± Z √(p̂(1 - p̂)/n + Z²/4n²)) / (1 + Z²/n)."""
+def wilson(right: float, n: int) -> Estimate:
+    """The share `right / n`, where an undecided item may count a half. The interval holds every p for which the share lies within Z
+    standard errors of p: (p̂ + Z²/2n ± Z √(p̂(1 - p̂)/n + Z²/4n²)) / (1 + Z²/n)."""
     if not 0 <= right <= n or n < 1:
         raise ValueError(f"expected 0 <= right <= n with n at least 1, got {right} of {n}")
     share = right / n

@@ -116,6 +116,32 @@ def plot_distillation(metrics_path: str | os.PathLike[str], png_path: str | os.P
     return Path(png_path)
 
 
+def plot_rewards(metrics_path: str | os.PathLike[str], png_path: str | os.PathLike[str], *, title: str) -> Path:
+    """Draw how a reward model learned pairs apart: loss, accuracy, and how much more the chosen answers are worth, in training and on
+    held-out pairs (`loss`, `accuracy`, `margin` in a `metrics.jsonl`, and with `val_`). Dashed: knowing nothing."""
+    lines = read_metrics(metrics_path)
+    figure, rows = plt.subplots(3, 1, sharex=True, figsize=(8, 7), layout="constrained")
+    panels = (("loss", "loss (nats a pair)", np.log(2)), ("accuracy", "chosen answer wins", 0.5), ("margin", "margin of rewards", 0.0))
+    for axes, (name, label, ignorant) in zip(rows, panels, strict=True):
+        for series, words, style in (
+            (name, "in training", {"color": "tab:gray", "linewidth": 0.8, "alpha": 0.7}),
+            (f"val_{name}", "held out", {"color": "tab:blue", "marker": "o", "markersize": 4}),
+        ):
+            points = [(line["step"], line[series]) for line in lines if series in line]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=f"{words}, now {points[-1][1]:.3f}", **style)
+        axes.axhline(ignorant, color="black", linestyle="--", linewidth=1.0)
+        axes.set(ylabel=label)
+        axes.legend(fontsize="small")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    rows[0].set(title=title)
+    rows[-1].set(xlabel="step")
+    figure.savefig(png_path, dpi=140)
+    plt.close(figure)
+    return Path(png_path)
+
+
 def plot_scores(results: Mapping[str, Mapping[str, Any]], path: str | os.PathLike[str], *, title: str) -> Path:
     """Draw the scores of an evaluation with their intervals: shares beside chance and what others published; below them the groups, where a
     task has some, and texts in bits per byte.

@@ -8,7 +8,7 @@
 import hashlib
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,7 +47,14 @@ class SavableTokenizer(Protocol):
 
 
 def export(
-    model: AbstractLM, tokenizer: SavableTokenizer, folder: Path, *, manifest: Mapping[str, Any], results: Mapping[str, Any]
+    model: AbstractLM,
+    tokenizer: SavableTokenizer,
+    folder: Path,
+    *,
+    manifest: Mapping[str, Any],
+    results: Mapping[str, Any],
+    also: Callable[[Path], None] = lambda folder: None,
+    note: str | None = None,
 ) -> None:
     """Write `config.json`, `model.safetensors` (fp32), the tokenizer's files, `generation_config.json`, `lineage.json` and a README card.
 
@@ -56,11 +63,14 @@ def export(
     - `manifest`: what the run was made of. Under `continued_from` it has what `train.lineage.continued_from` says of the model it began
       with, if there was one.
     - `results`: what it measured. `bits_per_byte` and `held_out_bytes` make the card's table; other figures stand in the lineage.
+    - `also`: writes what else belongs into the folder, before it takes its place.
+    - `note`: words that stand first on the card.
     """
     stages = lineage(manifest, results)
     with building(folder) as beside:
         write_model(in_dtype(model, "float32"), tokenizer, beside)
-        finish(beside, card_of(folder.resolve().parent.name, model, tokenizer, "float32", stages, run_evaluations(results)))
+        also(beside)
+        finish(beside, card_of(folder.resolve().parent.name, model, tokenizer, "float32", stages, run_evaluations(results), note=note))
 
 
 def run_evaluations(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

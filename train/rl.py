@@ -72,17 +72,19 @@ def policy_batch(rollouts: Rollouts, advantages: np.ndarray, *, seq: int) -> Pol
 
 def make_log_probs(flight: Flight, ops: Ops, sampler: Sampler, *, rows: int, chunk: int = 1024) -> Callable[[Any, PolicyBatch], np.ndarray]:
     """`log_probs(model, batch)` by the trainer, without a gradient, 0 where nothing was drawn; `rows` at a time."""
-    of_flying = log_probs_of(flight, ops, sampler=sampler, chunk=chunk)
-
-    @eqx.filter_jit
-    def some(model: Any, batch: PolicyBatch) -> Array:
-        return of_flying(put_on_flight(model, flight, ops), batch) * batch.loss_weights
+    some = eqx.filter_jit(drawn_log_probs(flight, ops, sampler, chunk=chunk))
 
     def log_probs(model: Any, batch: PolicyBatch) -> np.ndarray:
         parts = [jax.tree.map(lambda x, at=at: jnp.asarray(x[at : at + rows]), batch) for at in range(0, len(batch.tokens), rows)]
         return np.concatenate([np.asarray(some(model, part)) for part in parts])
 
     return log_probs
+
+
+def drawn_log_probs(flight: Flight, ops: Ops, sampler: Sampler, *, chunk: int = 1024) -> Callable[[Any, PolicyBatch], Array]:
+    """What `make_log_probs` compiles: of some rows, all at once."""
+    of_flying = log_probs_of(flight, ops, sampler=sampler, chunk=chunk)
+    return lambda model, batch: of_flying(put_on_flight(model, flight, ops), batch) * batch.loss_weights
 
 
 def gap_of(batch: PolicyBatch) -> Gap:

@@ -143,6 +143,16 @@ def _check(
         raise ValueError("rollouts cannot have a repetition penalty: the trainer's log-probs would not be those of the same distribution")
 
 
+def start_program(slots: int, flight: Flight, ops: Ops) -> Callable[..., Decoding]:
+    """What `roll_out` runs first, to be compiled for a device that is not there: `(model, prompts, lengths, keys) → Decoding`."""
+    return lambda model, tokens, lengths, keys: _start(model, tokens, lengths, slots, keys, flight, ops)
+
+
+def draw_program(sampler: Sampler, most: int, flight: Flight, ops: Ops) -> Callable[..., Any]:
+    """What it runs then: `(model, Decoding, left, stop ids) → (Decoding, what was drawn)`; the Decoding is donated."""
+    return lambda model, state, left, stop_ids: _draw(model, state, left, stop_ids, sampler, most, flight, ops)
+
+
 @eqx.filter_jit
 def _start(model: AbstractLM, tokens: Array, lengths: Array, slots: int, keys: Array, flight: Flight, ops: Ops) -> Decoding:
     return prefill(put_on_flight(model, flight, ops), tokens, lengths, slots, keys, jnp.dtype(flight.dtype), False, ops)

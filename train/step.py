@@ -149,7 +149,7 @@ Objective = Callable[[Any, Any, Array], Told]
 
 
 def init_state(
-    model: AbstractLM,
+    model: eqx.Module,
     optimizer: optax.GradientTransformationExtraArgs,
     *,
     frozen: Sequence[str] = (),
@@ -160,6 +160,7 @@ def init_state(
 
     **Arguments:**
 
+    - `model`: an `AbstractLM`, or a module that holds one.
     - `frozen`: roles or paths of what is not trained (`train.optimizers`); every other floating array is.
     - `trainable`: a tree of bools like the model, such as `lm.trainable_filter` gives: what is trained, less what is `frozen`. `None`:
       every floating array.
@@ -332,7 +333,7 @@ class CompiledStep:
         done, metrics = self.jitted(replace(state, frozen=None), state.frozen, self.held, batch, *rates)
         return replace(done, frozen=state.frozen), metrics
 
-    def lower(self, state: TrainState, batch: Batch) -> Any:
+    def lower(self, state: TrainState, batch: Any) -> Any:
         """The program for a state and a batch, which may be abstract (`jax.ShapeDtypeStruct`), not yet compiled: a `jax.stages.Lowered`."""
         rate = jax.ShapeDtypeStruct((), jnp.float32)
         changing = eqx.tree_at(lambda s: s.frozen, state, None)  # `replace` would check that its arrays are arrays

@@ -2,6 +2,8 @@
 
 import json
 
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -33,7 +35,7 @@ def start(tmp_path_factory):
 def prefer(start, folder, **changes):
     settings = {"data": start / "pairs.jsonl", "batch": 8, "steps": 6, "validate_every": 3, "sample_every": 6, "save_every": 3}
     settings |= {"seq": 16, "backend": "reference", "dtype": "float32", "schedule": {"peak": 3e-3, "shape": "constant"}} | changes
-    main(Config(source=start / "model", run_dir=folder, **settings))
+    main(Config(run_dir=folder, **({"source": start / "model"} | settings)))
     return [{name: value for name, value in line.items() if not name.endswith("_s")} for line in read_metrics(folder / "metrics.jsonl")]
 
 
@@ -138,11 +140,21 @@ def test_every_shape_of_a_pair_is_the_same_pair(record) -> None:
         ("", "has no records"),
         ('{"prompt": ', "line 1 is not JSON"),
         ("[1", "is not JSON"),
+        ('{"prompt": "Hi", "chosen": ["Hello!"], "rejected": "What?"}', "record 1 of .* expected a text, a message or a list of messages"),
     ],
 )
 def test_what_is_no_file_of_pairs_is_named(tmp_path, text: str, words: str) -> None:
     (tmp_path / "pairs.jsonl").write_text(text)
     with pytest.raises(ValueError, match=words):
         read_pairs(tmp_path / "pairs.jsonl")
-    with pytest.raises(ValueError, match="no file of preferences"):
+    with pytest.raises(ValueError, match="no file at"):
         read_pairs(tmp_path / "absent.jsonl")
+
+
+def test_a_model_kept_in_bf16_is_trained_in_fp32(start, tmp_path) -> None:
+    """Steps of 1e-5 would be rounded away in bf16."""
+    lm.save_pretrained(tiny("qwen3", vocab=265), tmp_path / "half", dtype=jnp.bfloat16)
+    Tokenizer.train([], 265).save(tmp_path / "half")
+    prefer(start, tmp_path / "run", source=tmp_path / "half", steps=1, schedule={"peak": 1e-5, "shape": "constant"})
+    trained = load_file(tmp_path / "run" / "export" / "model.safetensors")
+    assert any((array != array.astype(ml_dtypes.bfloat16)).any() for array in trained.values())

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from integration.recipe_runs import finish, start
+from integration.recipe_runs import finish, run_here, start
 from loguru import logger
 from safetensors.numpy import load_file
 
@@ -168,6 +168,41 @@ def test_settings_that_cannot_work_are_refused_at_the_door() -> None:
         Config(prompts=3, n=3, parts=2)
     with pytest.raises(ValueError, match="has no reward called style"):
         TASKS["arithmetic"]().weighted({"style": 1.0})
+
+
+FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in (SIZES | WARM).items() if name != "warm_examples"]
+FLAGS += ["--task=reversal", "--warm-examples=0", "--steps=1", "--backend=reference", "--no-control"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--n=1"], "n: grpo compares the answers to one prompt, so it needs at least 2 of them, got n = 1"),
+        (["--kl=k1"], "kl k1 says how a KL is estimated, and kl_weight 0 asks for none: add a --kl-weight"),
+        (["--max-new-tokens=250"], "answers of up to 250 are more than the model's context of 256: take a smaller --max-new-tokens"),
+        (["--algorithm=dapo", "--overlong-buffer=11"], "overlong_buffer (11 tokens) must be no more than max_new_tokens (10)"),
+        (["--warm-examples=300"], "--warm-examples 300 takes all 300 problems of reversal, and RL would have none"),
+        (["--reward-weights", "style", "1"], "task 'reversal' has no reward called style; it has correct, letters"),
+        (["--temperature=0"], "--temperature: Input should be greater than 0"),
+        (["--model=nowhere"], "nowhere does not exist: expected the folder of a model"),
+        (["--prompts=5", "--parts=2"], "prompts x n (15) must be a multiple of parts x step.micro_batches"),
+    ],
+)
+def test_what_cannot_work_ends_in_words(tmp_path, flags, words) -> None:
+    status, said = run_here([*FLAGS, "--run-dir", tmp_path / "run", *flags], "grpo_arithmetic")
+    assert status == 2, said
+    assert f"error: {words}" in said.replace("\n", " ")
+    assert "Traceback" not in said
+
+
+def test_a_reward_that_gives_a_text_ends_in_words_with_the_sample(tmp_path, monkeypatch) -> None:
+    problems = [Problem(f"reverse: {word}=") for word in ("ab", "cd", "ef", "gh")]
+    strange = Task("strange", problems, problems, {"any": lambda p, a: "right"}, {"any": 1.0}, verifier="any")
+    monkeypatch.setitem(TASKS, "reversal", lambda: strange)
+    status, said = run_here([*FLAGS, "--run-dir", tmp_path / "run"], "grpo_arithmetic")
+    assert status == 2, said
+    assert "error: reward 'any' of task 'strange' returned 'right' (str), expected a finite number or None\n  prompt: 'reverse: " in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.heavy
