@@ -39,6 +39,7 @@ from recipes.rl_report import show
 from recipes.rl_stages import control, keep_model, warm_start
 from recipes.running import check_start, save_config
 from train.logs import plain_messages, words_kept, write_json
+from train.optimizers import OptimizerConfig
 from train.rollout_view import draw_learning
 from train.runtime import choose_device, compilation_cache
 
@@ -58,20 +59,21 @@ class Config(RLConfig):
     n_heads: int = Field(4, gt=0, description="heads of a fresh model")
     d_ff: int = Field(176, gt=0, description="hidden width of a fresh model's MLPs")
 
-    warm_examples: int = Field(850, ge=0, description="worked examples imitated before RL; 0: none, begin with RL")
+    warm_examples: int = Field(700, ge=0, description="worked examples imitated before RL; 0: none, begin with RL")
     warm_batch: int = Field(128, gt=0, description="examples a step")
-    warm_peak: float = Field(3e-3, gt=0, description="learning rate of imitation")
+    warm_peak: float = Field(1e-3, gt=0, description="learning rate of imitation")
     warm_decay: float = Field(0.0, ge=0, description="weight decay of imitation; with some, a set hardly larger is suddenly understood")
     warm_steps: int = Field(3000, gt=0, description="steps of imitation at most")
     warm_every: int = Field(50, gt=0, description="steps between looks at the held-out problems; the best look is where RL begins")
     warm_patience: int = Field(8, gt=0, description="looks without a new best after which imitation ends")
 
     algorithm: Literal["reinforce", "rloo", "grpo", "dr_grpo", "dapo", "gspo"] = Field("dapo", description="see the table in docs/rl.md")
-    steps: int = resumable(2400, ge=1, description="batches of answers to learn from")
+    steps: int = resumable(1000, ge=1, description="batches of answers to learn from")
     n: int = Field(8, ge=1, description="answers to each prompt")
     max_new_tokens: int = Field(5, ge=1, description="longest answer, its end included")
     overlong_buffer: int = Field(1, ge=1, description="dapo: tokens before the longest answer over which the length penalty grows to 1")
     peak: float = Field(1e-3, gt=0, description="learning rate of RL, after a rise over 10 steps")
+    optimizer: OptimizerConfig = OptimizerConfig(name="adamw", beta2=0.99, weight_decay=0.1)
     cooldown: float = Field(0.3, ge=0, lt=1, description="share of the steps, at the end, over which the learning rate falls to a tenth")
 
     control: bool = resumable(True, description="afterwards, imitate for as many minutes as RL took, from the same start, and compare")

@@ -88,7 +88,7 @@ class RLConfig(RunConfig):
     min_p: float | None = Field(None, ge=0, le=1, description="draw among tokens at least this fraction as likely as the likeliest")
 
     dtype: Literal["auto", "float32", "bfloat16"] = resumable("float32", description="operands of the blocks' products; the head is fp32")
-    gap_limit: float | None = Field(
+    gap_limit: float | None = resumable(
         None,
         gt=0,
         description="nats by which sampler and trainer may differ on a token; above, the run stops. None: 1e-4 in float32; in bfloat16 "

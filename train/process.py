@@ -36,9 +36,9 @@ _AVX512 = (
 # By default XLA orders a CPU's operations so that threads always find work, and so makes early what is wanted late. In the order that needs
 # least memory a step of jaxlib 0.12 holds a sixth to a third less and is no slower (best times 4 % less); in 0.10 it was not faster.
 _COMPACT = "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"
-XLA_FLAGS = {(0, 10): _AVX512, (0, 12): (*_AVX512, _COMPACT)}
+XLA_FLAGS: dict[tuple[int, ...], tuple[str, ...]] = {(0, 10): _AVX512, (0, 12): (*_AVX512, _COMPACT)}
 # A processor without those instructions was measured with jaxlib 0.10 alone: reductions kept out of YNNPACK take 8 to 12 % off a step.
-PLAIN_XLA_FLAGS = {(0, 10): ("--xla_cpu_experimental_ynn_fusion_type=-reduce",)}
+PLAIN_XLA_FLAGS: dict[tuple[int, ...], tuple[str, ...]] = {(0, 10): ("--xla_cpu_experimental_ynn_fusion_type=-reduce",)}
 
 _MEASURED = "avx512_bf16"  # the instructions of the processor on which all of these were measured
 _PREPARED, _NO_PREPARE = "ZMAJ_PREPARED", "ZMAJ_NO_PREPARE"
