@@ -111,9 +111,9 @@ class AbstractLM(eqx.Module, is_abstract=True):
 
     @property
     def n_params(self) -> int:
-        """Numbers the model has; a packed matrix counts those it stands for, and not its scales."""
+        """Numbers the model has, or would have where it is abstract; a packed matrix counts those it stands for, and not its scales."""
         nodes = jax.tree.leaves(self, is_leaf=lambda node: isinstance(node, Quantised))
-        return sum(math.prod(node.shape) for node in nodes if isinstance(node, Quantised) or eqx.is_array(node))
+        return sum(math.prod(node.shape) for node in nodes if isinstance(node, Quantised | jax.ShapeDtypeStruct) or eqx.is_array(node))
 
     @property
     def n_active_params(self) -> int:

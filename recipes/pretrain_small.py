@@ -113,7 +113,7 @@ class Experiment(RunConfig):
             raise ValueError("schedule_free averages instead of lowering the learning rate: add --schedule.shape constant")
         return self
 
-    def model_config_of(self, vocab: int) -> Qwen3Config:
+    def model_config_of(self, vocab: int) -> Any:
         """The drawing at these sizes. Embedding and head share one matrix."""
         return Qwen3Config(
             vocab=vocab,
@@ -203,7 +203,7 @@ def run(config: Experiment, folder: Path, recipe: str) -> None:
 
     # What the run is made of, for the record, and what this process runs it with.
     peak = peak_flops(device)
-    flops = model_flops_per_token(n_params, config.n_layers, config.d_model, config.seq)
+    flops = model_flops_per_token(abstract.model.n_active_params, config.n_layers, config.d_model, config.seq)
     manifest = {
         "corpus": source.record,
         "tokenizer": {"digest": tokenizer.digest, "vocab": tokenizer.vocab_size, "bytes_per_token_held_out": bytes_per_token},
@@ -316,7 +316,7 @@ def flight_of(config: Experiment, device: Mapping[str, Any]) -> tuple[lm.Ops, Fl
     return choose_flight(config, device, n_layers=config.n_layers, head_dim=config.d_model // config.n_heads, seq=config.seq)
 
 
-def beginning(config: Experiment, model_config: Qwen3Config, flight: Flight, ops: lm.Ops) -> tuple[Callable[[], TrainState], CompiledStep]:
+def beginning(config: Experiment, model_config: Any, flight: Flight, ops: lm.Ops) -> tuple[Callable[[], TrainState], CompiledStep]:
     """How to make the first state, and the step. `recipes.plan` compiles the same for a card that is not there."""
     optimizer = build_optimizer(config.optimizer)
     model_key, dropout_key = jr.split(jr.key(config.seed))

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from train.intervals import Z, bootstrap_ratio, mean_of_groups, wilson
+from train.intervals import Z, bootstrap_ratio, mean_of_few, mean_of_groups, student_t, wilson
 
 
 def test_wilson_is_where_the_share_is_z_standard_errors_away() -> None:
@@ -66,3 +66,20 @@ def test_one_document_has_no_interval() -> None:
 def test_counts_that_cannot_be_are_refused(right: int, n: int) -> None:
     with pytest.raises(ValueError, match="expected 0 <= right <= n"):
         wilson(right, n)
+
+
+@pytest.mark.parametrize(
+    ("freedom", "t"), [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (9, 2.262), (10, 2.228), (30, 2.042), (2000, 1.961)]
+)
+def test_student_s_t_is_that_of_the_tables(freedom: int, t: float) -> None:
+    assert student_t(freedom) == pytest.approx(t, abs=6e-4)
+
+
+def test_the_mean_of_few_knows_how_few_they_are() -> None:
+    """1, 2, 6: mean 3, variance (4 + 1 + 9) / 2 = 7, so 3 ± 4.3027 √(7/3)."""
+    found = mean_of_few([1.0, 2.0, 6.0])
+    reach = 4.3027 * math.sqrt(7 / 3)
+    assert (found.value, found.low, found.high) == pytest.approx((3.0, 3 - reach, 3 + reach), rel=1e-4)
+    assert mean_of_few([2.5]).low is None
+    with pytest.raises(ValueError, match="expected at least one number"):
+        mean_of_few([])
