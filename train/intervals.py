@@ -3,6 +3,7 @@
 - `wilson`: a share of items that were right. Never leaves [0, 1], and is honest at 0 and 1 (Wilson 1927; Agresti and Coull 1998).
 - `mean_of_groups`: the mean of several shares, each of its own items, by the normal law with the variance of each group (stratified).
 - `bootstrap_ratio`: Σ a / Σ b over documents (nats over bytes), by drawing as many documents again and again (Efron 1979, percentiles).
+- `clustered_ratio`: the same ratio by Student's law, of sums whose terms hang together inside a document (Liang and Zeger 1986).
 - `mean_of_few`: the mean of a few numbers, such as differences over seeds, by Student's law, which knows how little few tell.
 
 They tell what other items of the same kind would have given, and nothing about other prompts, seeds or tasks; the last, of seeds, nothing
@@ -65,6 +66,23 @@ def mean_of_few(numbers: Sequence[float]) -> Estimate:
         return Estimate(value, None, None, 1, "none: one number")
     reach = student_t(n - 1) * float(np.std(numbers, ddof=1)) / math.sqrt(n)
     return Estimate(value, value - reach, value + reach, n, f"Student's t, {n - 1} degrees of freedom")
+
+
+def clustered_ratio(tops: npt.ArrayLike, bottoms: npt.ArrayLike) -> Estimate:
+    """r = Σ tops / Σ bottoms, one of each a document (cluster); tops may be sums of differences, of either sign.
+
+    Its variance is that of the sum of what each document misses r by, G/(G - 1) Σ (top - r · bottom)² / (Σ bottoms)², and Student's law
+    of G - 1 degrees of freedom gives the interval: terms inside a document may hang together as they like.
+    """
+    top, bottom = np.asarray(tops, np.float64), np.asarray(bottoms, np.float64)
+    if len(top) != len(bottom) or not bottom.sum() > 0:
+        raise ValueError(f"expected as many tops as bottoms, the latter not all 0; got {len(top)} and {len(bottom)}")
+    value, n = float(top.sum() / bottom.sum()), len(top)
+    if n == 1:
+        return Estimate(value, None, None, 1, "none: one document")
+    error = math.sqrt(n / (n - 1) * np.sum(np.square(top - value * bottom))) / bottom.sum()
+    reach = student_t(n - 1) * float(error)
+    return Estimate(value, value - reach, value + reach, n, f"Student's t, clustered by document, {n - 1} degrees of freedom")
 
 
 def student_t(freedom: int) -> float:
