@@ -98,17 +98,17 @@ def winners(found: Mapping[str, Mapping[str, Any]], most: int = 3) -> list[str]:
     ]
 
 
-def put(said: str, page: Path, picture: Path | None) -> None:
-    """Put the table between the marks of a page.
+def put(said: str, page: Path, picture: Path | None, *, marks: tuple[str, str] = MARKS, words: str = "What each change is worth") -> None:
+    """Put a table between its marks on a page, and below it the picture with some words.
 
     **Raises:** `ValueError` for a page without them.
     """
     text = page.read_text(encoding="utf-8") if page.exists() else ""
-    before, begin, rest = text.partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
+    before, begin, rest = text.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
     if not begin or not end:
-        raise ValueError(f"{page} has no place for the table: expected a line {MARKS[0]} and, below it, {MARKS[1]}")
-    shown = "" if picture is None else f"\n![What each change is worth](images/{picture.name})\n"
+        raise ValueError(f"{page} has no place for the table: expected a line {marks[0]} and, below it, {marks[1]}")
+    shown = "" if picture is None else f"\n![{words}](images/{picture.name})\n"
     page.write_text(f"{before}{begin}\n\n{said}\n{shown}\n{end}{after}", encoding="utf-8")
 
 

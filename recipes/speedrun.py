@@ -38,13 +38,25 @@ class Experiment(pretrain_small.Experiment):
     logit_scale: float = Field(1.0, gt=0, description="of what the unembedding reads")
     logit_softcap: float | None = Field(None, gt=0, description="logits are bent to ± this; None: taken as they are")
     init_std: float = Field(0.02, gt=0, description="standard deviation of new weights")
+    embed_init_std: float | None = Field(None, gt=0, description="of new embeddings and heads; None: init-std")
     window: int | None = Field(None, ge=1, description="tokens that a query of a short layer sees; None: every layer sees all")
     window_pattern: str = Field("SSSL", description="which layers are short (S) and which see all (L), repeated; the last sees all")
 
     def model_config_of(self, vocab: int) -> ZmajConfig:
         """The drawing at these sizes and switches."""
         switches = ("tied", "qk_norm", "zero_init", "mlp", "embed_norm", "stream_lambdas", "value_residual", "value_embeddings")
-        numbers = ("d_model", "n_layers", "n_heads", "n_kv_heads", "d_ff", "dropout", "logit_scale", "logit_softcap", "init_std")
+        numbers = (
+            "d_model",
+            "n_layers",
+            "n_heads",
+            "n_kv_heads",
+            "d_ff",
+            "dropout",
+            "logit_scale",
+            "logit_softcap",
+            "init_std",
+            "embed_init_std",
+        )
         return ZmajConfig(
             vocab=vocab,
             context=self.seq,

@@ -10,25 +10,27 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 
+import lm
 from data.cache import TokenCache
 from data.pipeline import train_batches
 from data.rows import Mixture, training_rows
 from data.sources import Source, open_source
 from data.tokenizer import Tokenizer
+from lm.flight import Flight
 from recipes.corpus import encode, encode_training, fewer_held_out
+from recipes.curves import settings_of
 from recipes.pretrain_small import Experiment, beginning, flight_of, train_or_load_tokenizer
 from recipes.report import bits_of, nats_of
-from recipes.running import RunConfig
 from train.averages import average_rate
 from train.loop import steps
 from train.optimizers import learning_rate
 from train.runtime import device_facts
-from train.step import make_token_nats
+from train.step import TrainState, make_token_nats
 
 AnyExperiment = TypeVar("AnyExperiment", bound=Experiment)
 
@@ -90,35 +92,56 @@ def run_trial(config: Experiment, text: Material, told: Callable[[int, float], N
     """
     if config.steps is None:
         raise ValueError("a trial needs --steps: how many fit into some minutes would differ from one to the next")
-    ops, flight = flight_of(config, device_facts(jax.devices()[0]))
-    fresh_state, step = beginning(config, config.model_config_of(text.tokenizer.vocab_size), flight, ops)
-    rate, rate_of_average = learning_rate(config.schedule, config.steps), average_rate(config.average, config.steps)
-    packing: dict[str, Any] = {"batch": config.batch, "seq": config.seq, "seed": config.seed, "packing": config.packing}
-    lines: list[dict[str, float]] = []
-    begin = time.perf_counter()
-    with train_batches(text.train, **packing, stop_step=config.steps) as batches:
-        training = steps(step, fresh_state(), batches, rate, average_rate=rate_of_average, start=0, stop=config.steps)
-        for done, reached, arrived in training:
-            state = reached
-            lines += arrived
-            told(done, lines[-1]["loss"] if lines else float("nan"))
-    train_s = time.perf_counter() - begin
-    averaged = state.averaged if config.average.use else None
-    model = state.model if averaged is None else averaged
+    course = trained(config, text, told)
+    averaged = course.state.averaged if config.average.use else None
+    model = course.state.model if averaged is None else averaged
     at_once = config.batch // config.step.micro_batches
-    nats, _ = nats_of(make_token_nats(flight, ops, config.step.loss_chunk), model, text.held_out, batch=2 * at_once, seq=config.seq)
-    times = [line["step_s"] for line in lines[1:]] or [lines[0]["step_s"]]
+    nats, _ = nats_of(
+        make_token_nats(course.flight, course.ops, config.step.loss_chunk), model, text.held_out, batch=2 * at_once, seq=config.seq
+    )
+    times = [line["step_s"] for line in course.lines[1:]] or [course.lines[0]["step_s"]]
     rows = training_rows(text.train, seq=config.seq, seed=config.seed, packing=config.packing)
     return Trial(
-        losses=[line["loss"] for line in lines],
+        losses=[line["loss"] for line in course.lines],
         bits_per_byte=bits_of(text.held_out, nats, range(len(text.held_out))),
         nats=nats,
         tokens=rows.pairs_in(config.steps * config.batch),
         parameters=sum(leaf.size for leaf in jax.tree.leaves(model)),
         step_s=float(np.median(times)),
         fast_step_s=float(np.quantile(times, 0.1)),
-        train_s=train_s,
+        train_s=course.train_s,
     )
+
+
+class Course(NamedTuple):
+    """What training gave: the state it came to, the numbers of each step, and what it ran with."""
+
+    state: TrainState
+    lines: list[dict[str, float]]
+    train_s: float
+    ops: lm.Ops
+    flight: Flight
+
+
+def trained(
+    config: Experiment, text: Material, told: Callable[[int, float], None] = lambda done, loss: None, *, stop: int | None = None
+) -> Course:
+    """Train, all steps or the first `stop` of them; `told` as in `run_trial`."""
+    assert config.steps is not None
+    ops, flight = flight_of(config, device_facts(jax.devices()[0]))
+    fresh_state, step = beginning(config, config.model_config_of(text.tokenizer.vocab_size), flight, ops)
+    state = fresh_state()
+    rate, rate_of_average = learning_rate(config.schedule, config.steps), average_rate(config.average, config.steps)
+    packing: dict[str, Any] = {"batch": config.batch, "seq": config.seq, "seed": config.seed, "packing": config.packing}
+    stop = config.steps if stop is None else min(stop, config.steps)
+    lines: list[dict[str, float]] = []
+    begin = time.perf_counter()
+    with train_batches(text.train, **packing, stop_step=stop) as batches:
+        for done, reached, arrived in steps(step, state, batches, rate, average_rate=rate_of_average, start=0, stop=stop):
+            state = reached
+            lines += arrived
+            told(done, lines[-1]["loss"] if lines else float("nan"))
+    return Course(state, lines, time.perf_counter() - begin, ops, flight)
 
 
 def changed(config: AnyExperiment, changes: dict[str, Any]) -> AnyExperiment:
@@ -135,11 +158,8 @@ def changed(config: AnyExperiment, changes: dict[str, Any]) -> AnyExperiment:
 
 def settings_digest(config: Experiment, text: Material) -> str:
     """A name for what is trained, on which text: all settings but the seed and those of how it is carried out."""
-    settings = config.model_dump(
-        mode="json", exclude=set(RunConfig.model_fields) | {"seed", "preset", "minutes", "max_epochs", "report_samples"}
-    )
     carried_out = {name: getattr(config, name) for name in ("dtype", "backend")}  # they round in other ways
-    return hashlib.sha256(json.dumps([settings, carried_out, text.identity], sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps([settings_of(config), carried_out, text.identity], sort_keys=True).encode()).hexdigest()[:12]
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:

@@ -49,6 +49,7 @@ class ZmajConfig(BaseModel, frozen=True, extra="forbid"):
     norm_eps: float = Field(1e-6, gt=0)
     tied: bool = False
     init_std: float = Field(0.02, gt=0)
+    embed_init_std: float | None = Field(None, gt=0)  # of embedding and head; None: init_std
     dropout: float = Field(0.0, ge=0, lt=1)  # of embedding and residual branches, in training
     attention_dropout: float = Field(0.0, ge=0, lt=1)  # of attention probabilities, in training
     window_by_layer: tuple[int | None, ...] | None = None  # positions a query of a layer sees; see `window_pattern`
@@ -90,7 +91,11 @@ class ZmajConfig(BaseModel, frozen=True, extra="forbid"):
         on = {name: getattr(self, name) for name in plain if getattr(self, name) != plain[name]}
         like: Any = qwen3.Qwen3Config if self.qk_norm else llama.LlamaConfig
         refuse_native(like.model_type, **on)
-        shared = {name: getattr(self, name) for name in type(self).model_fields if name not in {*_SWITCHES, "qk_norm", "zero_init"}}
+        shared = {
+            name: getattr(self, name)
+            for name in type(self).model_fields
+            if name not in {*_SWITCHES, "qk_norm", "zero_init", "embed_init_std"}
+        }
         return like(**shared).to_hf()
 
 
@@ -230,15 +235,16 @@ class Zmaj(AbstractLM):
         """Rows of the tables begin as long as values are: √d_model · init_std an entry, what `v_proj` makes of a normed vector."""
         embed_key, unembed_key, blocks_key = jr.split(key, 3)
         width, value_std = config.n_kv_heads * config.head_dim, config.init_std * config.d_model**0.5
+        embed_std = config.init_std if config.embed_init_std is None else config.embed_init_std
         tables = jr.split(jr.fold_in(embed_key, 1), config.value_embeddings)
         return Zmaj(
             config=config,
-            embed=Embedding.init(config.vocab, config.d_model, std=config.init_std, key=embed_key),
+            embed=Embedding.init(config.vocab, config.d_model, std=embed_std, key=embed_key),
             embed_norm=RMSNorm.init(config.d_model, config.norm_eps) if config.embed_norm else None,
             value_embeds=tuple(Embedding.init(config.vocab, width, std=value_std, key=k) for k in tables),
             blocks=tuple(Block.init(config, i, key=k) for i, k in enumerate(jr.split(blocks_key, config.n_layers))),
             norm=RMSNorm.init(config.d_model, config.norm_eps),
-            unembed=None if config.tied else Linear.init(config.d_model, config.vocab, std=config.init_std, key=unembed_key),
+            unembed=None if config.tied else Linear.init(config.d_model, config.vocab, std=embed_std, key=unembed_key),
         )
 
     @property

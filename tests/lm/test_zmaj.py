@@ -56,7 +56,8 @@ def test_switches_that_others_lack_are_named_and_a_folder_of_ours_keeps_them(tmp
 
 
 def test_what_only_the_start_depends_on_is_no_reason_to_refuse():
-    assert ZmajConfig(**OFF, zero_init=True).to_hf()["model_type"] == "llama"
+    assert ZmajConfig(**OFF, zero_init=True, embed_init_std=0.5).to_hf()["model_type"] == "llama"
+    np.testing.assert_allclose(np.std(plain(embed_init_std=0.5).embed.weight), 0.5, rtol=0.05)  # of 97 · 24 numbers: 1/√(2n) = 0.015
 
 
 # ------------------------------------------------------------------------------------------- each switch
