@@ -95,10 +95,12 @@ class Attention(eqx.Module):
         cache: LayerCache | None = None,
         *,
         key: Key[Array, ""] | None = None,
+        values: Float[Array, "*batch kv_heads seq head_dim"] | None = None,
     ) -> tuple[Float[Array, "*batch seq d_model"], LayerCache | None]:
+        """`values`: what is mixed, and remembered, in place of `self.values(x)`."""
         q = self._heads(self.q_proj(x), self.q_norm)
         k = self._heads(self.k_proj(x), self.k_norm)
-        v = self._heads(self.v_proj(x), None)
+        v = self.values(x) if values is None else values
         if facts.rope is not None:
             q, k = self._rotated(q, *facts.rope), self._rotated(k, *facts.rope)
         q, k, v = mark(q, "attn.q"), mark(k, "attn.k"), mark(v, "attn.v")
@@ -113,6 +115,10 @@ class Attention(eqx.Module):
         mixed = self.ops.attention(q, k, v, facts, key_facts, scale, self.window, self.softcap, self.dropout, key=key, sinks=self.sinks)
         mixed = rearrange(mark(mixed, "attn.mixed"), "... heads seq head_dim -> ... seq (heads head_dim)")
         return mark(self.o_proj(mixed), "attn.out"), cache
+
+    def values(self, x: Float[Array, "*batch seq d_model"]) -> Float[Array, "*batch kv_heads seq head_dim"]:
+        """The values of these tokens."""
+        return self._heads(self.v_proj(x), None)
 
     def _heads(self, x: Float[Array, "*batch seq width"], norm: RMSNorm | None) -> Float[Array, "*batch heads seq head_dim"]:
         """Cut into heads, and normed: each head, or, where the norm is as wide as all of them, before the cut. Then clipped."""

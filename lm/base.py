@@ -48,8 +48,9 @@ class AbstractBlock(eqx.Module, is_abstract=True):
         return 1
 
     @abstractmethod
-    def __call__(self, x: Array, facts: Facts, cache: Any = None, *, key: Array | None = None) -> tuple[Array, Any, Aux]:
-        """`(x, cache, aux)` after this block. `key` is one key, or `depth` of them where depth is above 1; `None` means evaluation."""
+    def __call__(self, x: Any, facts: Facts, cache: Any = None, *, key: Array | None = None) -> tuple[Any, Any, Aux]:
+        """`(x, cache, aux)` after this block. `x` is the residual stream, an array; or a tree of arrays where a block hands on more than
+        that (`lm.models.zmaj`). `key` is one key, or `depth` of them where depth is above 1; `None` means evaluation."""
 
     @abstractmethod
     def empty_cache(self, batch: tuple[int, ...], slots: int, dtype: Any) -> Any:
@@ -110,9 +111,9 @@ class AbstractLM(eqx.Module, is_abstract=True):
 
     @property
     def n_params(self) -> int:
-        """Numbers the model has; a packed matrix counts those it stands for, and not its scales."""
+        """Numbers the model has, or would have where it is abstract; a packed matrix counts those it stands for, and not its scales."""
         nodes = jax.tree.leaves(self, is_leaf=lambda node: isinstance(node, Quantised))
-        return sum(math.prod(node.shape) for node in nodes if isinstance(node, Quantised) or eqx.is_array(node))
+        return sum(math.prod(node.shape) for node in nodes if isinstance(node, Quantised | jax.ShapeDtypeStruct) or eqx.is_array(node))
 
     @property
     def n_active_params(self) -> int:

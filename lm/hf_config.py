@@ -16,6 +16,10 @@ HARMLESS = frozenset(
 _MISSING = object()
 
 
+class NotInTransformers(ValueError):
+    """`transformers` has no such model: a folder of ours can hold it (`lm.save_native`), one for others cannot."""
+
+
 class ConfigReader:
     """A `config.json` read key by key, so that at the end none has gone unnoticed."""
 
@@ -159,19 +163,19 @@ def write_rope(
     """The keys of `config.json` that say it, readable by transformers 4 and 5, or an error where there are none. `fraction_key`: the name
     of `rope_fraction`; `None`: the family rotates whole heads."""
     if rope_fraction != 1 and fraction_key is None:
-        raise ValueError(f"the {model_type} of transformers cannot rotate a part of each head (rope_fraction = {rope_fraction})")
+        raise NotInTransformers(f"the {model_type} of transformers cannot rotate a part of each head (rope_fraction = {rope_fraction})")
     plain: dict[str, Any] = {base_key: rope_base} | ({fraction_key: rope_fraction} if fraction_key else {})
     if rope_scaling is None:
         return plain
     if isinstance(rope_scaling, rope.NTK):  # nothing but another base
         return plain | {base_key: rope.ntk_base(rope_base, int(head_dim * rope_fraction), rope_scaling.factor)}
     if isinstance(rope_scaling, rope.DynamicNTK) and not rope_scaling.length == rope_scaling.original_context == context:
-        raise ValueError(
+        raise NotInTransformers(
             f"transformers lets dynamic NTK grow with the text; ours is fixed at length {rope_scaling.length}. Only within the context "
             f"({context}), where neither stretches, are they one function: write the fixed one as NTK"
         )
     if isinstance(rope_scaling, rope.LongRope) and rope_scaling.length is not None:
-        raise ValueError(
+        raise NotInTransformers(
             f"transformers chooses the factors of LongRoPE by each text; ours are fixed for length {rope_scaling.length}. "
             "Write the model with length None"
         )
@@ -180,7 +184,7 @@ def write_rope(
             values = {theirs: getattr(rope_scaling, ours) for theirs, ours in names.items()}
             scaling = {"rope_type": name} | {theirs: value for theirs, value in values.items() if value is not None}
             return plain | {"rope_scaling": scaling}
-    raise ValueError(f"the {model_type} of transformers has no key for rope_scaling = {rope_scaling!r}")
+    raise NotInTransformers(f"the {model_type} of transformers has no key for rope_scaling = {rope_scaling!r}")
 
 
 LayerKind = Literal["sliding_attention", "full_attention"]  # a layer that sees a window, and one that sees all that came before
@@ -287,7 +291,7 @@ def write_windows(model_type: str, window_by_layer: tuple[int | None, ...] | Non
     windows = window_by_layer or (None,) * n_layers
     found = {window for window in windows if window is not None}
     if len(found) > 1:
-        raise ValueError(f"the {model_type} of transformers has one window for all layers that slide; these have {sorted(found)}")
+        raise NotInTransformers(f"the {model_type} of transformers has one window for all layers that slide; these have {sorted(found)}")
     window = next(iter(found), None)
     return {
         "use_sliding_window": window is not None,
@@ -301,7 +305,7 @@ def window_of_all(model_type: str, window_by_layer: tuple[int | None, ...] | Non
     """The window of families with one for all layers, or none."""
     found = set(window_by_layer or (None,))
     if len(found) > 1:
-        raise ValueError(
+        raise NotInTransformers(
             f"the {model_type} of transformers has one window for all layers, or none; got window_by_layer = {window_by_layer}"
         )
     return found.pop()
@@ -311,7 +315,7 @@ def refuse_native(model_type: str, **settings: Any) -> None:
     """Refuse to write under a borrowed `model_type` what `transformers` would not compute."""
     native = {name: value for name, value in settings.items() if value is not None}
     if native:
-        raise ValueError(
+        raise NotInTransformers(
             f"transformers has no {model_type} with {', '.join(f'{name} = {value!r}' for name, value in native.items())}: "
             f"its config.json cannot say so, and it would compute another function. A folder of ours can (lm.save_native)"
         )

@@ -22,12 +22,14 @@ UNWRITTEN = -1  # segment of cache slots nothing has been written to yet
 class Facts(eqx.Module):
     """What a block must know of the tokens beside their vectors.
 
-    A family may add its own: `rope` holds whatever its attention rotates with (a pair of tables, or one pair for each base).
+    A family may add its own: `rope` holds whatever its attention rotates with (a pair of tables, or one pair for each base), `own` what
+    else its blocks ask for.
     """
 
     positions: Int[Array, "*batch seq"]  # place in the document, from 0
     segments: Int[Array, "*batch seq"]  # document in the row: 1, 2, ...; 0 padding; -1 an unwritten cache slot
     rope: Any = None  # (cos, sin), each `*batch seq head_dim`
+    own: Any = None  # of the family, known before the first block
 
 
 def may_attend(queries: Facts, keys: Facts, window: int | None = None) -> Bool[Array, "*batch queries keys"]:

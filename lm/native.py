@@ -1,4 +1,5 @@
-"""Our own folder, for what no other library computes from its `config.json`: packed weights, and settings `transformers` has no keys for.
+"""Our own folder, for what no other library computes from its `config.json`: packed weights, settings `transformers` has no keys for, and a
+drawing of our own (`lm.models.zmaj`).
 
     config.json            {"model_type": "zmaj", "zmaj": {"format": 1, "architecture": …, "config": …, "quantisation": …}, …}
     model.safetensors      every array under its path, blocks.3.attn.q_proj.weight.codes; or shards and an index
@@ -20,7 +21,7 @@ import numpy as np
 from lm.adapters import adapters_of, nodes
 from lm.base import AbstractLM, leaves_by_path, role
 from lm.hf import MAX_SHARD_BYTES, Shardings, abstract, on_host, placed
-from lm.hf_files import NUMBERS, Plan, entries_of, read_tensor, write_folder
+from lm.hf_files import CONFIG_FILE, NUMBERS, Plan, entries_of, read_json, read_tensor, write_folder
 from lm.layers import cast, with_matrices
 from lm.quant import Quantised, repacked
 
@@ -63,14 +64,7 @@ def load_native(raw: Mapping[str, Any], architectures: Mapping[str, Any], folder
 
     **Raises:** `ValueError` for a format or an architecture of another version, and for tensors that are not those of the config.
     """
-    said = raw.get(MODEL_TYPE)
-    if not isinstance(said, Mapping) or said.get("format") != FORMAT:
-        found = said.get("format") if isinstance(said, Mapping) else None
-        raise ValueError(f"{folder} is a folder of ours in format {found}; this version reads {FORMAT}")
-    if said["architecture"] not in architectures:
-        raise ValueError(f"{folder} holds the architecture {said['architecture']!r}; known are {', '.join(sorted(architectures))}")
-    architecture = architectures[said["architecture"]]
-    skeleton = _packed(abstract(architecture.model.init, architecture.config(**said["config"])), said["quantisation"])
+    skeleton = native_skeleton(raw, architectures, folder)
     wanted = {path.replace("/", "."): (path, leaf) for path, leaf in leaves_by_path(skeleton).items()}
     entries = entries_of(folder)
     problems = [f"missing: {key}" for key in wanted.keys() - entries.keys()]
@@ -90,6 +84,26 @@ def load_native(raw: Mapping[str, Any], architectures: Mapping[str, Any], folder
         arrays.append(placed(array, path, sharding))
     model = jax.tree.unflatten(jax.tree.structure(skeleton), arrays)
     return model if dtype is None else cast(model, dtype)
+
+
+def native_skeleton(raw: Mapping[str, Any], architectures: Mapping[str, Any], folder: Path) -> AbstractLM:
+    """The abstract tree of the model that a `config.json` of ours describes.
+
+    **Raises:** `ValueError` for a format or an architecture of another version.
+    """
+    said = raw.get(MODEL_TYPE)
+    if not isinstance(said, Mapping) or said.get("format") != FORMAT:
+        found = said.get("format") if isinstance(said, Mapping) else None
+        raise ValueError(f"{folder} is a folder of ours in format {found}; this version reads {FORMAT}")
+    if said["architecture"] not in architectures:
+        raise ValueError(f"{folder} holds the architecture {said['architecture']!r}; known are {', '.join(sorted(architectures))}")
+    architecture = architectures[said["architecture"]]
+    return _packed(abstract(architecture.model.init, architecture.config(**said["config"])), said["quantisation"])
+
+
+def is_native(folder: Path) -> bool:
+    """Whether a folder with a model in it is one of ours."""
+    return read_json(folder / CONFIG_FILE).get("model_type") == MODEL_TYPE
 
 
 def _is_packed(node: Any) -> bool:

@@ -11,7 +11,7 @@ from lm.quant import Quantised
 
 
 def grow_vocab(model: AbstractLM, vocab: int) -> AbstractLM:
-    """The model with `vocab` rows in its embedding, and in its head where that is a matrix of its own; `config.vocab` says so.
+    """The model with `vocab` rows in its embedding, and in its head and other tables by token where there are any; `config.vocab` says so.
 
     New rows are the mean of the old ones: a new token is then about as likely as a token of middling likelihood, where a random row may
     outweigh all others (Hewitt 2021, "Initializing new word embeddings for pretrained language models"). What the model says of old tokens
@@ -31,6 +31,9 @@ def grow_vocab(model: AbstractLM, vocab: int) -> AbstractLM:
         grown = eqx.tree_at(lambda m: m.unembed.weight, grown, _with_mean_rows(head.weight, vocab))
         if head.bias is not None:
             grown = eqx.tree_at(lambda m: m.unembed.bias, grown, _with_mean_rows(head.bias, vocab))
+    if tables := getattr(model, "value_embeds", ()):
+        longer = [_with_mean_rows(table.weight, vocab) for table in tables]
+        grown = eqx.tree_at(lambda m: [table.weight for table in m.value_embeds], grown, longer)
     return replace(grown, config=model.config.model_copy(update={"vocab": vocab}))
 
 

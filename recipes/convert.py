@@ -8,7 +8,7 @@ give the same logits bit for bit, and then compared with an implementation that 
 - llama.cpp, for a GGUF file, where `cyllama` is installed: which token it finds likeliest wherever our choice is clear.
 - Neither: the golden models of the family, tiny ones whose logits `transformers` computed once. They speak for the code, not for these
   weights.
-- Nor those: the report says `not compared: no independent reference`.
+- Nor those: the report says `not compared: no independent reference`, or that the drawing is our own.
 
     python -m recipes.convert HuggingFaceTB/SmolLM2-135M-Instruct converted/
     python -m recipes.convert SmolLM2-135M-Instruct.Q4_1.gguf converted/ --dtype bfloat16
@@ -34,9 +34,11 @@ from safetensors.numpy import save_file
 from data.tokenizer import Tokenizer
 from lm.base import AbstractLM
 from lm.hub import folder_of
-from lm.models import load_pretrained, save_pretrained
+from lm.models import load_pretrained
+from lm.native import is_native
 from recipes.command_line import RecipeConfig, fail
 from recipes.loading import holds_weights, is_gguf, is_run, load
+from train.card import OURS_ALONE
 from train.checkpoint import CheckpointError
 from train.logs import plain_messages, write_json
 from train.parity import (
@@ -53,7 +55,7 @@ from train.parity import (
     tokens_of,
     transformers_logits,
 )
-from train.publish import in_dtype, special_ids
+from train.publish import in_dtype, special_ids, write_weights
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "lm" / "golden"  # there in a checkout
 REPORT = "parity.json"
@@ -88,7 +90,7 @@ def main(config: Config) -> bool:
         model = in_dtype(model, config.dtype)
     tokens = tokens_of(tokenizer, model, text=config.text, places=config.places)
 
-    save_pretrained(model, config.out, extra_config=special_ids(tokenizer))
+    write_weights(model, config.out, special_ids(tokenizer))
     if tokenizer is None:
         logger.warning(f"{config.source} has no tokenizer that we can read: {config.out} gets none")
     else:
@@ -128,6 +130,8 @@ def bring_in(source: str, revision: str | None) -> tuple[AbstractLM, Tokenizer |
 
 def compared_with(config: Config, model: AbstractLM, tokens: np.ndarray, ours: np.ndarray) -> tuple[list[Comparison | Choices], str]:
     """Every independent implementation that is at hand, and the verdict in words."""
+    if is_native(config.out):
+        return [], OURS_ALONE
     compared: list[Comparison | Choices] = []
     if is_gguf(config.source) and is_installed("cyllama"):
         compared.append(compare_choices(*llama_cpp_choices(Path(config.source), tokens), ours))

@@ -17,12 +17,13 @@ from data.sources import Source, open_source
 from data.tokenizer import Tokenizer
 from lm.base import AbstractLM
 from lm.models import load_pretrained
+from lm.native import is_native
 from recipes.corpus import encode, fewer_held_out
 from recipes.loading import is_run
 from recipes.report import nats_of
 from recipes.running import RunConfig, choose_flight
 from train.backends import attention_of
-from train.card import NOT_COMPARED
+from train.card import NOT_COMPARED, OURS_ALONE
 from train.intervals import bootstrap_ratio
 from train.lineage import record_of
 from train.parity import can_compare, compare, in_words, our_logits, tokens_of, transformers_logits
@@ -70,6 +71,9 @@ def prove(
 
 def compared(folder: Path, tokens: np.ndarray, ours: np.ndarray, python: Path | None) -> dict[str, Any]:
     """The logits that `transformers` computes from the folder beside ours: figures, verdict, words."""
+    if is_native(folder):
+        logger.info(OURS_ALONE)
+        return {"compared": [], "words": OURS_ALONE, "lines": [], "passed": True}
     if not can_compare(python):
         logger.warning(f"{NOT_COMPARED}: install the extra `parity`, or name an interpreter that has transformers with --parity-python")
         return {"compared": [], "words": NOT_COMPARED, "lines": [], "passed": True}

@@ -30,6 +30,7 @@ import lm
 from lm.adapters import ALL_LINEARS
 from lm.hf import abstract
 from lm.hf_files import read_json
+from lm.native import MODEL_TYPE, native_skeleton
 from recipes.command_line import RecipeConfig, fail
 from recipes.plan import gigabytes, memory_of
 from recipes.running import ENDS_IN_WORDS, RunConfig, choose_flight
@@ -146,6 +147,8 @@ def skeleton_of(model: str) -> lm.AbstractLM:
     if not file.is_file():
         raise ValueError(f"{model} is neither a folder with config.json nor a preset; these are: {', '.join(sorted(PRESETS))}")
     raw = read_json(file)
+    if raw.get("model_type") == MODEL_TYPE:
+        return native_skeleton(raw, lm.ARCHITECTURES, Path(model))
     if raw.get("model_type") not in lm.ARCHITECTURES:
         raise ValueError(f"{file} is of model_type {raw.get('model_type')!r}; known are {', '.join(sorted(lm.ARCHITECTURES))}")
     architecture = lm.ARCHITECTURES[raw["model_type"]]

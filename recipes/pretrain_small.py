@@ -38,6 +38,7 @@ from lm.flight import Flight
 from lm.models.qwen3 import Qwen3Config
 from recipes.command_line import claimed, fail, how_to_resume, parse, resumable
 from recipes.corpus import describe_mixture, describe_packing, describe_source, encode, encode_training, fewer_held_out
+from recipes.curves import Watch, curve_for
 from recipes.report import bits_of, draw_curves, heads, judge_samples, measure, nats_of, one_sample, show, xz_yardsticks
 from recipes.running import (
     ENDS_IN_WORDS,
@@ -101,6 +102,7 @@ class Experiment(RunConfig):
     seed: int = Field(0, ge=0, description="of weights, data order, dropout and samples")
 
     report_samples: int = resumable(64, ge=0, description="samples judged at the end")
+    curve: Path | None = resumable(None, description="reference curve to be watched beside; None: that of docs/golden with these settings")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -113,7 +115,7 @@ class Experiment(RunConfig):
             raise ValueError("schedule_free averages instead of lowering the learning rate: add --schedule.shape constant")
         return self
 
-    def model_config_of(self, vocab: int) -> Qwen3Config:
+    def model_config_of(self, vocab: int) -> Any:
         """The drawing at these sizes. Embedding and head share one matrix."""
         return Qwen3Config(
             vocab=vocab,
@@ -203,7 +205,7 @@ def run(config: Experiment, folder: Path, recipe: str) -> None:
 
     # What the run is made of, for the record, and what this process runs it with.
     peak = peak_flops(device)
-    flops = model_flops_per_token(n_params, config.n_layers, config.d_model, config.seq)
+    flops = model_flops_per_token(abstract.model.n_active_params, config.n_layers, config.d_model, config.seq)
     manifest = {
         "corpus": source.record,
         "tokenizer": {"digest": tokenizer.digest, "vocab": tokenizer.vocab_size, "bytes_per_token_held_out": bytes_per_token},
@@ -216,6 +218,7 @@ def run(config: Experiment, folder: Path, recipe: str) -> None:
     }
     describe_mixture(rows.realised(config.steps * config.batch))
     identity = {"corpus": source.record["sha256"], "tokenizer": tokenizer.digest}
+    watch = Watch(curve_for(recipe, config, identity, config.curve))
 
     # The loop.
     rate, rate_of_average = learning_rate(config.schedule, config.steps), average_rate(config.average, config.steps)
@@ -263,6 +266,7 @@ def run(config: Experiment, folder: Path, recipe: str) -> None:
                         share = mfu(metrics["tokens_per_s"], flops, peak.flops_per_s)
                         memory = memory_in_use()["peak_bytes"]
                         log.log(**metrics, mfu=share, epoch=epoch, peak_memory_bytes=memory)  # type: ignore[arg-type]
+                        watch.see(int(metrics["step"]), metrics["loss"])
                     val_loss = None  # of these very weights, or not known
                     if done % config.validate_every == 0 or done == config.steps:
                         nats, tokens = nats_by_document(token_nats, judged(state), validation)
@@ -301,6 +305,7 @@ def run(config: Experiment, folder: Path, recipe: str) -> None:
     speeds = [line["tokens_per_s"] for line in read_metrics(folder / "metrics.jsonl") if "tokens_per_s" in line]
     speed = float(np.median(speeds))
     results |= {"steps": config.steps, "skipped": int(state.stats.skipped), "spikes": int(state.stats.spikes)}
+    results |= watch.record()
     results |= {"train_s": record["train_s"], "tokens_per_s": speed, "mfu": mfu(speed, flops, peak.flops_per_s)}
     if mixture := rows.realised(config.steps * config.batch):
         results["mixture"] = mixture
@@ -316,7 +321,7 @@ def flight_of(config: Experiment, device: Mapping[str, Any]) -> tuple[lm.Ops, Fl
     return choose_flight(config, device, n_layers=config.n_layers, head_dim=config.d_model // config.n_heads, seq=config.seq)
 
 
-def beginning(config: Experiment, model_config: Qwen3Config, flight: Flight, ops: lm.Ops) -> tuple[Callable[[], TrainState], CompiledStep]:
+def beginning(config: Experiment, model_config: Any, flight: Flight, ops: lm.Ops) -> tuple[Callable[[], TrainState], CompiledStep]:
     """How to make the first state, and the step. `recipes.plan` compiles the same for a card that is not there."""
     optimizer = build_optimizer(config.optimizer)
     model_key, dropout_key = jr.split(jr.key(config.seed))

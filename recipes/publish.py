@@ -33,6 +33,7 @@ from rich.table import Table
 
 from lm.base import AbstractLM
 from lm.hub import folder_of
+from lm.native import is_native
 from recipes.command_line import RecipeConfig, fail
 from recipes.convert import bring_in
 from recipes.evidence import prove
@@ -142,6 +143,7 @@ def main(config: Config) -> bool:
             languages=config.language,
             pictures=pictures,
             note=note,
+            native=is_native(beside),
         )
         finish(beside, card, evidence)
     show(folder, card)

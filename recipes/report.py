@@ -20,6 +20,7 @@ from data.sources import Source
 from data.tasks.python_syntax import complete_statements, parses
 from data.tokenizer import Tokenizer
 from lm.generate import Sampler
+from lm.native import is_native
 from train.card import YARDSTICKS
 from train.logs import plot_curves, progress, write_json
 from train.loop import bits_per_byte, nats_by_document
@@ -227,7 +228,8 @@ def show(results: dict[str, Any], folder: Path, samples: list[dict[str, Any]]) -
         kept = f"{results['samples']} samples of at least {SAMPLE_CHARACTERS} characters ({results['samples_drawn']} drawn)"
         real = f"{results['real_text_that_parses']:.0%}"
         console.print(f"{results['samples_that_parse']:.0%} of {kept} parse as Python; of real text cut alike {real}", soft_wrap=True)
-    lines = [f"curve {folder / 'loss.png'}", f"for transformers {folder / 'export'}"]
+    reader = "lm.load_pretrained alone" if is_native(folder / "export") else "transformers"
+    lines = [f"curve {folder / 'loss.png'}", f"for {reader} {folder / 'export'}"]
     if samples:
         lines.append(f"samples {folder / 'samples.txt'}")
     lines.append(f"more samples: python -m recipes.sample {folder} --prompt 'def main('")

@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LAST.index(item.path.parent.name) if item.path.parent.name in LAST else -1)
 
 
-@pytest.fixture(params=["gpt2", "llama", "qwen3"])
+@pytest.fixture(params=["gpt2", "llama", "qwen3", "zmaj"])
 def model(request):
     return tiny(request.param)
 

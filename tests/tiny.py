@@ -20,6 +20,10 @@ OWN_SIZES = {  # what a family has beside, or cannot have otherwise
     "gpt_neox": {"rope_fraction": 0.5},  # of heads 4 wide: a pair
     "mixtral": EXPERTS,
     "olmoe": EXPERTS | {"head_dim": 4},
+    "zmaj": {  # every switch
+        **dict.fromkeys(("qk_norm", "embed_norm", "stream_lambdas", "value_residual"), True),
+        **{"mlp": "relu2", "value_embeddings": 1, "logit_scale": 0.8, "logit_softcap": 7.0, "window_by_layer": (5, 9, None)},
+    },
     "qwen3_moe": EXPERTS | {"d_ff_dense": 40, "dense_layers": (1,)},
 }
 

@@ -27,6 +27,7 @@ _NEEDED = {"metric", "value"}
 _SHOWN = {*_NEEDED, "low", "high", "n", "of"}
 
 NOT_COMPARED = "not compared: no independent implementation was at hand"
+OURS_ALONE = "not compared: no other library has a model of this drawing"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Card:
     needs_bos: bool = False  # whether the one who writes a prompt has to put that token there
     chat: bool = False  # whether the tokenizer has a chat template
     note: str | None = None  # a warning at the top: training that has not ended
+    native: bool = False  # the files are a folder of ours (`lm.native`), which `transformers` does not read
 
 
 def render(card: Card) -> str:
@@ -100,7 +102,7 @@ def _front_matter(card: Card) -> str:
     data = ModelCardData(
         **licence,
         language=list(card.languages) or None,
-        library_name="transformers",
+        library_name="zmaj-lm" if card.native else "transformers",
         pipeline_tag="text-generation",
         tags=["jax", "equinox", "zmaj-lm", *(["conversational"] if card.chat else [])],
         base_model=card.base_model,
@@ -151,6 +153,18 @@ def _head(card: Card) -> list[str]:
 
 def _use(card: Card) -> list[str]:
     place = card.repository or "this folder"
+    ours = [
+        "```python",
+        "import lm",
+        "",
+        f'model = lm.load_pretrained("{place}")',
+        "```",
+        "",
+        *([] if card.repository is None else ["```sh", f"python -m recipes.sample {place} --prompt 'Once'", "```", ""]),
+        *([] if card.opening is None else [card.opening, ""]),
+    ]
+    if card.native:
+        return ["## Use", "", "`transformers` has no model of this drawing. In a checkout of zmaj-lm, as arrays of JAX:", "", *ours]
     if card.chat:
         prompt = ['messages = [{"role": "user", "content": "Hello!"}]']
         prompt += ['ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)']
@@ -171,14 +185,7 @@ def _use(card: Card) -> list[str]:
         "",
         "In a checkout of zmaj-lm, as arrays of JAX:",
         "",
-        "```python",
-        "import lm",
-        "",
-        f'model = lm.load_pretrained("{place}")',
-        "```",
-        "",
-        *([] if card.repository is None else ["```sh", f"python -m recipes.sample {place} --prompt 'Once'", "```", ""]),
-        *([] if card.opening is None else [card.opening, ""]),
+        *ours,
     ]
 
 

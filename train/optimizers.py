@@ -14,14 +14,14 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Float
+from jaxtyping import Array
 from pydantic import Field, model_validator
 
 from lm.base import leaves_by_path, role
+from train.muon import scale_by_muon
 from train.settings import Settings
+from train.soap import scale_by_soap
 
 # ------------------------------------------------------------------------------------------- optimizers
 
@@ -29,16 +29,23 @@ from train.settings import Settings
 class OptimizerConfig(Settings):
     """The rule of the update, and which leaves it touches how. Learning rates over time are in `ScheduleConfig`."""
 
-    name: Literal["muon", "adamw", "lion", "adafactor", "schedule_free"] = Field(
+    name: Literal["muon", "normuon", "soap", "adamw", "lion", "adafactor", "schedule_free"] = Field(
         "muon",
-        description="muon: matrices of the blocks by Muon, the rest by AdamW; adafactor: almost no memory; "
+        description="muon, normuon, soap: matrices of the blocks by that, the rest by AdamW; adafactor: almost no memory; "
         "schedule_free: AdamW whose running average replaces the fall of the learning rate",
     )
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean of gradients, per step; schedule_free: pull towards the average")
-    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the mean of squared gradients, per step; Lion: of the mean (paper: 0.99)")
+    beta2: float = Field(
+        0.95,
+        ge=0,
+        lt=1,
+        description="decay of the mean of squared gradients, per step; Lion: of the mean (paper: 0.99); normuon: of the neurons' squares",
+    )
     eps: float = Field(1e-8, gt=0, description="added to AdamW's root mean square")
     momentum: float = Field(0.95, ge=0, lt=1, description="Muon's Nesterov momentum, per step")
+    basis_every: int = Field(10, ge=1, description="soap: steps between looks at the directions it works in")
     weight_decay: float = Field(0.1, ge=0, description="pull of matrices in the blocks towards 0, times the learning rate, per step")
+    cautious: bool = Field(False, description="weight decay only where the step, too, goes towards 0 (arXiv:2510.12402)")
     learning_rate_of: dict[str, float] = Field({}, description="factors on the learning rate by role: embed.weight 0.3 'mlp.*' 2")
     weight_decay_of: dict[str, float] = Field({}, description="weight decay by role, in place of the general one: embed.weight 0.01")
     frozen: tuple[str, ...] = Field((), description="roles or paths that are not trained: embed.weight 'blocks/0/*'")
@@ -56,17 +63,24 @@ class OptimizerConfig(Settings):
 def build_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
     """Gradients in, updates out, to be added to the parameters: `update(gradients, state, params, learning_rate=rate)`.
 
-    adamw: Loshchilov and Hutter 2019 (arXiv:1711.05101). muon: see `scale_by_muon`. lion: Chen et al. 2023 (arXiv:2302.06675), its signs
-    times 0.2. adafactor: Shazeer and Stern 2018 (arXiv:1804.04235): second moments of matrices of 128 and more kept as a row and a
-    column, updates clipped to root mean square 1, then times 0.2; no first moment, no relative step size. schedule_free: see there.
+    adamw: Loshchilov and Hutter 2019 (arXiv:1711.05101). muon, normuon: see `train.muon`. soap: see `train.soap`. lion: Chen et al. 2023
+    (arXiv:2302.06675), its signs times 0.2. adafactor: Shazeer and Stern 2018 (arXiv:1804.04235): second moments of matrices of 128 and
+    more kept as a row and a column, updates clipped to root mean square 1, then times 0.2; no first moment, no relative step size.
+    schedule_free: see there.
     """
-    decay = add_decay(config.weight_decay, config.weight_decay_of)
+    decay = add_decay(config.weight_decay, config.weight_decay_of, cautious=config.cautious)
     if config.name == "schedule_free":
         return schedule_free(config, decay)
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
+
+    def of_matrices(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+        return optax.chain(optax.masked(rule, matrices), optax.masked(adam, _others))
+
     direction = {
         "adamw": adam,
-        "muon": optax.chain(optax.masked(scale_by_muon(config.momentum), matrices), optax.masked(adam, _others)),
+        "muon": of_matrices(scale_by_muon(config.momentum)),
+        "normuon": of_matrices(scale_by_muon(config.momentum, beta2=config.beta2)),
+        "soap": of_matrices(scale_by_soap(config.beta1, config.beta2, config.eps, every=config.basis_every)),
         "lion": optax.chain(optax.scale_by_lion(config.beta1, config.beta2), optax.scale(0.2)),
         "adafactor": optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale(0.2)),
     }[config.name]
@@ -116,8 +130,12 @@ def _number_of(path: str, numbers: Mapping[str, float], otherwise: float) -> flo
 # ------------------------------------------------------------------------------------------- decay and learning rate
 
 
-def add_decay(weight_decay: float, by_role: Mapping[str, float]) -> optax.GradientTransformation:
-    """Decoupled weight decay (arXiv:1711.05101): `decay * parameter` is added to the direction."""
+def add_decay(weight_decay: float, by_role: Mapping[str, float], *, cautious: bool = False) -> optax.GradientTransformation:
+    """Decoupled weight decay (arXiv:1711.05101): `decay * parameter` is added to the direction.
+
+    `cautious`: only to entries where direction and parameter have one sign, so that the step alone would take them towards 0 (Chen et al.
+    2025, arXiv:2510.12402, eq. 2): where the gradient wants a weight to grow, the decay does not hold it back.
+    """
 
     def init(params: Any) -> optax.EmptyState:
         check_patterns(by_role, params, "weight_decay_of")
@@ -126,7 +144,10 @@ def add_decay(weight_decay: float, by_role: Mapping[str, float]) -> optax.Gradie
     def update(directions: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         def decayed(path: str, direction: Array, parameter: Array) -> Array:
             decay = _number_of(path, by_role, weight_decay if is_matrix(path, parameter) else 0.0)
-            return direction + decay * parameter if decay else direction
+            if not decay:
+                return direction
+            pull = jnp.where(direction * parameter >= 0, parameter, 0.0) if cautious else parameter
+            return direction + decay * pull
 
         paths = map_paths(lambda path, _: path, params)
         return jax.tree.map(decayed, paths, directions, params), state
@@ -191,64 +212,6 @@ def averaged_by_optimizer(optimizer_state: Any, trainable: Any) -> Any | None:
         return None
     beta = optimizer_state.beta
     return jax.tree.map(lambda y, z: (y - (1 - beta) * z) / beta, trainable, optimizer_state.z)
-
-
-# ------------------------------------------------------------------------------------------- muon
-
-
-class MuonState(NamedTuple):
-    momentum: Any  # like the parameters, fp32
-
-
-def scale_by_muon(momentum: float = 0.95, steps: int = 5) -> optax.GradientTransformation:
-    """Momentum, orthogonalised (Jordan et al. 2024, "Muon: An optimizer for hidden layers"), with the update's root mean square brought to
-    0.2 as AdamW's is (Liu et al. 2025, arXiv:2502.16982, eq. 4), so both share one learning rate.
-
-    Matrices of one shape are stacked and orthogonalised together: a leaf at a time compiles and runs several times as long. A leaf of three
-    axes, the experts of a layer, is so many matrices.
-    """
-
-    def init(params: Any) -> MuonState:
-        return MuonState(jax.tree.map(jnp.zeros_like, params))
-
-    def update(gradients: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
-        velocity = jax.tree.map(lambda m, g: momentum * m + g, state.momentum, gradients)
-        nesterov = jax.tree.map(lambda m, g: g + momentum * m, velocity, gradients)
-        leaves, treedef = jax.tree.flatten(nesterov)
-        shapes = [leaf.shape for leaf in leaves]
-        leaves = [leaf.reshape(-1, *leaf.shape[-2:]) for leaf in leaves]
-        by_shape: dict[tuple[int, ...], list[int]] = {}
-        for i, shape in enumerate(shapes):
-            by_shape.setdefault((min(shape[-2:]), max(shape[-2:])), []).append(i)
-        for (_, longer), members in by_shape.items():
-            wide = [leaves[i] if shapes[i][-2] <= shapes[i][-1] else jnp.swapaxes(leaves[i], 1, 2) for i in members]
-            # Really laid out so: XLA else turns the transpose of a lone tall matrix into a change of layout, for which a CPU has no bf16
-            # product ("Unsupported element type for DotThunk", at run time).
-            stacked = with_layout_constraint(jnp.concatenate(wide), Layout((0, 1, 2)))
-            directions = 0.2 * math.sqrt(longer) * orthogonalise(stacked, steps)
-            ends = np.cumsum([len(leaves[i]) for i in members])[:-1]
-            for i, direction in zip(members, jnp.split(directions, ends), strict=True):
-                upright = direction if shapes[i][-2] <= shapes[i][-1] else jnp.swapaxes(direction, 1, 2)
-                leaves[i] = upright.reshape(shapes[i])
-        return jax.tree.unflatten(treedef, leaves), MuonState(velocity)
-
-    return optax.GradientTransformation(init, update)
-
-
-def orthogonalise(x: Float[Array, "n rows columns"], steps: int = 5) -> Float[Array, "n rows columns"]:
-    """U Vᵀ of each matrix U S Vᵀ, nearly: singular values land in about 0.7 … 1.2 after five quintic Newton-Schulz steps, whose
-    coefficients trade exactness for speed (Jordan et al. 2024). Needs rows <= columns. Products have bf16 operands and fp32 sums."""
-
-    def product(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-        dimensions = (((contract[0],), (contract[1],)), ((0,), (0,)))
-        return jax.lax.dot_general(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), dimensions, preferred_element_type=jnp.float32)
-
-    x = x / (jnp.linalg.norm(x, axis=(1, 2), keepdims=True) + 1e-7)
-    for _ in range(steps):
-        gram = product(x, x, (2, 2))
-        polynomial = -4.7750 * gram + 2.0315 * product(gram, gram, (2, 1))
-        x = 3.4445 * x + product(polynomial, x, (2, 1))
-    return x
 
 
 # ------------------------------------------------------------------------------------------- schedules

@@ -1,4 +1,4 @@
-"""From a trained model to a folder that `transformers` and the Hub accept.
+"""From a trained model to a folder that `transformers` and the Hub accept; the Hub alone where `transformers` has no such model.
 
 `export` is what a run does at its end. `recipes.publish` takes the same steps apart: `write_model`, a look at what was written, and
 `finish`, which adds the card, the lineage and the record of what was proved. A folder under its final name is always whole.
@@ -15,9 +15,12 @@ from typing import Any, Protocol
 
 import equinox as eqx
 import jax
+from loguru import logger
 
 from lm.base import AbstractLM
-from lm.models import save_pretrained
+from lm.hf_config import NotInTransformers
+from lm.models import save_native, save_pretrained
+from lm.native import is_native
 from train.card import Card, render
 from train.lineage import GIVEN, LINEAGE_FILE, lineage
 from train.logs import write_json
@@ -70,7 +73,8 @@ def export(
     with building(folder) as beside:
         write_model(in_dtype(model, "float32"), tokenizer, beside)
         also(beside)
-        finish(beside, card_of(folder.resolve().parent.name, model, tokenizer, "float32", stages, run_evaluations(results), note=note))
+        name, scores = folder.resolve().parent.name, run_evaluations(results)
+        finish(beside, card_of(name, model, tokenizer, "float32", stages, scores, native=is_native(beside), note=note))
 
 
 def run_evaluations(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -126,10 +130,19 @@ def building(folder: Path) -> Iterator[Path]:
     beside.rename(folder)
 
 
+def write_weights(model: AbstractLM, folder: Path, extra_config: Mapping[str, Any]) -> None:
+    """Weights and config as `transformers` reads them, or, where it has no such model, as a folder of ours, which is said."""
+    try:
+        save_pretrained(model, folder, extra_config=extra_config)
+    except NotInTransformers as reason:
+        logger.info(f"written as a folder of ours, for lm.load_pretrained alone: {reason}")
+        save_native(model, folder, extra_config=extra_config)
+
+
 def write_model(model: AbstractLM, tokenizer: SavableTokenizer | None, folder: Path) -> None:
     """Weights, config, tokenizer and settings of generation, the arrays in the dtype they have."""
     ids = special_ids(tokenizer)
-    save_pretrained(model, folder, extra_config=ids)
+    write_weights(model, folder, ids)
     if tokenizer is not None:
         tokenizer.save(folder, model_max_length=model.config.context)
     generation = ids | {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "max_length": model.config.context}

@@ -32,6 +32,7 @@ from lm.models import (
     qwen3,
     qwen3_moe,
     smollm3,
+    zmaj,
 )
 from lm.quant import Quantised
 
@@ -67,7 +68,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": Architecture(qwen3.Qwen3Config, qwen3.Qwen3, qwen3.HF_NAMES, qwen3.PRESETS),
     "qwen3_moe": Architecture(qwen3_moe.Qwen3MoeConfig, qwen3_moe.Qwen3Moe, qwen3_moe.HF_NAMES, qwen3_moe.PRESETS),
     "smollm3": Architecture(smollm3.SmolLM3Config, llama.Llama, llama.HF_NAMES, smollm3.PRESETS),
+    "zmaj": Architecture(zmaj.ZmajConfig, zmaj.Zmaj, zmaj.HF_NAMES, zmaj.PRESETS),
 }
+NATIVE = frozenset({native.MODEL_TYPE})  # drawings of our own, which no file of another library is read as
 
 
 def architecture_of(config: Any) -> Architecture:

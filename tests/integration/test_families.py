@@ -7,6 +7,7 @@ from tiny import logits_of, tiny
 
 import lm
 from data.tokenizer import Tokenizer
+from lm.models import NATIVE
 from recipes.continue_pretrain import Config, main, prepared
 from train.logs import read_metrics
 
@@ -28,7 +29,8 @@ def texts(tmp_path_factory):
 @pytest.mark.parametrize("family", [*IN_SHORT, *(pytest.param(name, marks=pytest.mark.heavy) for name in OTHERS)])
 def test_a_loaded_model_learns_and_its_export_is_loaded_again(family, texts, tmp_path):
     tokenizer = Tokenizer.train([file.read_text() for file in sorted(texts.iterdir())], 300)
-    lm.save_pretrained(tiny(family, vocab=tokenizer.vocab_size, init_std=0.05, **LAYERS.get(family, {})), tmp_path / "model")
+    save = lm.save_native if family in NATIVE else lm.save_pretrained
+    save(tiny(family, vocab=tokenizer.vocab_size, init_std=0.05, **LAYERS.get(family, {})), tmp_path / "model")
     tokenizer.save(tmp_path / "model")
     main(
         Config(

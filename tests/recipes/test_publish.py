@@ -66,6 +66,21 @@ def test_only_the_folder_is_written_and_what_is_not_known_is_said(source, alone,
     assert (out / "generation_config.json").read_text() == '{"temperature": 0.1}'  # as it came
 
 
+def test_a_drawing_of_our_own_goes_out_as_a_folder_of_ours_and_the_card_says_how_to_open_it(source, beside, tmp_path):
+    lm.save_native(tiny("zmaj", vocab=270), tmp_path / "mine")
+    Tokenizer.load(source).save(tmp_path / "mine")
+    assert main(Config(source=str(tmp_path / "mine"), to=tmp_path / "out"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert problems(card) == []
+    assert "in the drawing of zmaj" in card
+    assert "not compared: no other library has a model of this drawing" in card  # though one is at hand
+    assert "library_name: zmaj-lm" in card
+    assert "AutoModelForCausalLM" not in card
+    assert "lm.load_pretrained" in card
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "zmaj"
+    assert json.loads((tmp_path / "out" / "evidence.json").read_text())["read_back_equal"]
+
+
 def test_it_is_compared_and_scores_and_a_licence_stand_in_the_card(source, beside, tmp_path):
     (tmp_path / "results.json").write_text('{"arc": {"metric": "accuracy", "value": 0.25, "low": 0.2, "high": 0.3, "n": 7}}')
     named = {"license": "other", "license_name": "mine", "license_link": "https://example.org/mine"}

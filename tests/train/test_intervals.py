@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from train.intervals import Z, bootstrap_ratio, mean_of_groups, wilson
+from train.intervals import Z, bootstrap_ratio, clustered_ratio, mean_of_few, mean_of_groups, student_t, wilson
 
 
 def test_wilson_is_where_the_share_is_z_standard_errors_away() -> None:
@@ -66,3 +66,43 @@ def test_one_document_has_no_interval() -> None:
 def test_counts_that_cannot_be_are_refused(right: int, n: int) -> None:
     with pytest.raises(ValueError, match="expected 0 <= right <= n"):
         wilson(right, n)
+
+
+@pytest.mark.parametrize(
+    ("freedom", "t"), [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (9, 2.262), (10, 2.228), (30, 2.042), (2000, 1.961)]
+)
+def test_student_s_t_is_that_of_the_tables(freedom: int, t: float) -> None:
+    assert student_t(freedom) == pytest.approx(t, abs=6e-4)
+
+
+def test_the_mean_of_few_knows_how_few_they_are() -> None:
+    """1, 2, 6: mean 3, variance (4 + 1 + 9) / 2 = 7, so 3 ± 4.3027 √(7/3)."""
+    found = mean_of_few([1.0, 2.0, 6.0])
+    reach = 4.3027 * math.sqrt(7 / 3)
+    assert (found.value, found.low, found.high) == pytest.approx((3.0, 3 - reach, 3 + reach), rel=1e-4)
+    assert mean_of_few([2.5]).low is None
+    with pytest.raises(ValueError, match="expected at least one number"):
+        mean_of_few([])
+
+
+def test_the_clustered_ratio_counts_documents_and_not_what_is_in_them() -> None:
+    """Sums 1, 3, 5 of 1, 2, 3: r = 9/6, missed by -1/2, 0, 1/2; variance 3/2 · 1/2 / 6² = 1/48."""
+    found = clustered_ratio([1, 3, 5], [1, 2, 3])
+    reach = 4.3027 / math.sqrt(48)
+    assert (found.value, found.low, found.high, found.n) == pytest.approx((1.5, 1.5 - reach, 1.5 + reach, 3), rel=1e-4)
+    assert clustered_ratio([2.0], [4.0]).low is None
+    with pytest.raises(ValueError, match="not all 0"):
+        clustered_ratio([1.0], [0.0])
+
+
+def test_the_clustered_ratio_holds_the_truth_19_times_of_20_though_terms_hang_together() -> None:
+    """Documents of 40 tokens whose differences share a part of the document's own: the interval of independent tokens would be far too
+    short (the variance of a document's sum is 40² · 1 + 40 · 1 = 1640, and not 40 · 2)."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        tokens = rng.normal(0, 1, (30, 1)) + rng.normal(0, 1, (30, 40))
+        found = clustered_ratio(tokens.sum(1), np.full(30, 40.0))
+        held += found.low <= 0 <= found.high
+        assert (found.high - found.low) > 3 * (2 * Z * tokens.std() / math.sqrt(tokens.size))
+    assert 0.92 < held / 400 < 0.98

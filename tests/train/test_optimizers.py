@@ -1,8 +1,5 @@
-import math
-
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import optax
 import pytest
@@ -16,9 +13,6 @@ from train.optimizers import (
     build_optimizer,
     is_matrix,
     learning_rate,
-    matrices,
-    orthogonalise,
-    scale_by_muon,
 )
 
 MODEL = {"name": "qwen3", "attention_bias": True, "tied": False, "n_layers": 2}
@@ -89,7 +83,7 @@ def test_matrices_are_the_linear_maps_inside_blocks():
     assert {"embed/weight", "unembed/weight", "norm/scale", "blocks/0/attn/q_proj/bias", "blocks/1/attn/k_norm/scale"} <= set(leaves)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", "lion", "adafactor", "schedule_free"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "normuon", "soap", "lion", "adafactor", "schedule_free"])
 def test_weight_decay_pulls_on_the_matrices_and_nothing_else(name):
     params = tiny(**MODEL)
     zero = jax.tree.map(jnp.zeros_like, params)
@@ -101,6 +95,15 @@ def test_weight_decay_pulls_on_the_matrices_and_nothing_else(name):
         decay = 0.0 if path == "blocks/1/mlp/up_proj/weight" else decay
         # schedule_free: the update of the average's and the moving sequence's mixture, found as a difference of fp32 numbers
         np.testing.assert_allclose(leaf, decay * before[path], rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+def test_cautious_decay_pulls_only_where_the_step_goes_towards_0():
+    """AdamW's first direction is the gradient's sign. Parameters 2, -3, 4, -5 with directions 1, 1, -1, -1: the step takes 2 and -5 nearer
+    to 0, and only they are pulled. At rate 0.1 and decay 0.5: 2 - 0.1 (1 + 1) = 1.8, -3 - 0.1 = -3.1, 4.1, -5 + 0.1 (1 + 2.5) = -4.65."""
+    start, gradient = {"w": jnp.array([[2.0, -3.0, 4.0, -5.0]])}, {"w": np.array([[3.0, 7.0, -0.5, -2.0]])}
+    config = OptimizerConfig(name="adamw", cautious=True, weight_decay_of={"w": 0.5})
+    (moved,), _, _ = course(config, start, [gradient], [0.1])
+    np.testing.assert_allclose(moved, [[1.8, -3.1, 4.1, -4.65]], rtol=1e-5)
 
 
 def test_muon_moves_the_matrices_and_adamw_the_rest():
@@ -224,103 +227,10 @@ def test_schedule_free_at_rate_0_stays_where_it_is():
 def test_all_optimizers_move_about_as_far_at_one_learning_rate():
     """Root mean square of an update of random gradients, in learning rates: 0.2 where it is made so, AdamW's own at β 0.9, 0.95."""
     start, gradients = some_gradients((140, 130), 30)
-    for name in ("adamw", "muon", "lion", "adafactor"):
+    for name in ("adamw", "muon", "normuon", "soap", "lion", "adafactor"):
         seen, _, _ = course(OptimizerConfig(name=name, weight_decay=0.0), start, gradients, [1.0] * 30)
         rms = float(jnp.sqrt(jnp.mean((seen[-1] - seen[-2]) ** 2)))
         assert 0.1 < rms < 0.4, (name, rms)
-
-
-# ------------------------------------------------------------------------------------------- muon
-
-
-def with_singular_values(values, columns, seed):
-    rng = np.random.default_rng(seed)
-    u, _ = np.linalg.qr(rng.normal(size=(len(values), len(values))))
-    v, _ = np.linalg.qr(rng.normal(size=(columns, len(values))))
-    return (u * values) @ v.T, u @ v.T
-
-
-@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e5])
-@pytest.mark.parametrize(
-    ("values", "columns"),
-    [(np.linspace(1, 3, 12), 12), (np.linspace(0.5, 3, 9), 40), (np.geomspace(1, 1e-2, 10), 17), (np.ones(1), 5)],
-    ids=["square", "wide", "ill-conditioned", "a row"],
-)
-def test_orthogonalise_brings_singular_values_near_1_and_keeps_the_directions(values, columns, scale):
-    x, nearest = with_singular_values(values, columns, seed=3)
-    y = np.asarray(jax.jit(orthogonalise)(jnp.asarray(scale * x, jnp.float32)[None])[0])
-    found = np.linalg.svd(y, compute_uv=False)
-    assert 0.6 < found.min() <= found.max() < 1.3, found
-    # With exact directions the error is that of the singular values, at most 0.4 a direction; bf16 products add a little.
-    assert np.linalg.norm(y - nearest) < 0.4 * math.sqrt(len(values))
-    cosine = np.sum(y * nearest) / np.linalg.norm(y) / np.linalg.norm(nearest)
-    assert cosine > 0.95
-
-
-def test_orthogonalise_makes_nothing_of_nothing():
-    np.testing.assert_array_equal(orthogonalise(jnp.zeros((2, 3, 5))), 0.0)
-
-
-def muon_update(gradients, momentum=0.95):
-    """The last update after a list of gradients."""
-    optimizer = scale_by_muon(momentum)
-
-    @jax.jit
-    def run(gradients):
-        state = optimizer.init(gradients[0])
-        for gradient in gradients:
-            update, state = optimizer.update(gradient, state)
-        return update
-
-    return run(gradients)
-
-
-# Products have bf16 operands (8 bits), and five Newton-Schulz steps multiply a last-bit difference about tenfold.
-BF16 = {"atol": 0.03, "rtol": 0.03}
-
-
-def test_matrices_stacked_by_shape_move_as_each_alone():
-    shapes = {"a": (6, 10), "b": (10, 6), "c": (6, 10), "d": (7, 7), "e": (3, 20)}
-    gradients = [{name: jr.normal(jr.fold_in(jr.key(step), ord(name)), shape) for name, shape in shapes.items()} for step in range(2)]
-    together = muon_update(gradients)
-    for name, shape in shapes.items():
-        assert together[name].shape == shape
-        np.testing.assert_allclose(together[name], muon_update([{name: g[name]} for g in gradients])[name], **BF16)
-
-
-@pytest.mark.parametrize("shape", [(3, 6, 10), (4, 10, 6)])
-def test_experts_stacked_in_one_leaf_move_as_each_alone(shape):
-    gradients = [{"experts": jr.normal(jr.key(step), shape), "same": jr.normal(jr.key(step + 5), (6, 10))} for step in range(2)]
-    together = muon_update(gradients)["experts"]
-    assert together.shape == shape
-    for e in range(shape[0]):
-        np.testing.assert_allclose(together[e], muon_update([{"w": g["experts"][e]} for g in gradients])["w"], **BF16)
-
-
-def test_experts_are_matrices_and_their_biases_are_not():
-    model = tiny("gpt_oss")
-    found = {path.removeprefix("blocks/0/") for path, is_one in leaves_by_path(matrices(model)).items() if is_one and "blocks/0" in path}
-    maps = {f"attn/{name}_proj/weight" for name in "qkvo"} | {f"mlp/experts/{name}_proj/weight" for name in ("gate", "up", "down")}
-    assert found == maps | {"mlp/router/weight"}
-
-
-def test_a_matrix_transposed_has_its_update_transposed():
-    g = jr.normal(jr.key(0), (6, 15))
-    np.testing.assert_allclose(muon_update([{"w": g.T}])["w"].T, muon_update([{"w": g}])["w"], **BF16)
-
-
-def test_muon_s_update_is_as_large_as_adamw_s_in_every_shape():
-    """Root mean square 0.2 (arXiv:2502.16982), less or more as singular values miss 1: 0.7 … 1.2."""
-    for shape in [(6, 10), (30, 4), (16, 16)]:
-        rms = jnp.sqrt(jnp.mean(muon_update([{"w": 100 * jr.normal(jr.key(1), shape)}])["w"] ** 2))
-        assert 0.2 * 0.7 < rms < 0.2 * 1.2, shape
-
-
-def test_muon_s_momentum_is_nesterov_s():
-    first, second = jr.normal(jr.key(0), (6, 10)), jr.normal(jr.key(1), (6, 10))
-    looked_ahead = second + 0.7 * (second + 0.7 * first)
-    expected = 0.2 * math.sqrt(10) * orthogonalise(looked_ahead[None])[0]
-    np.testing.assert_allclose(muon_update([{"w": first}, {"w": second}], momentum=0.7)["w"], expected, **BF16)
 
 
 # ------------------------------------------------------------------------------------------- schedules

@@ -1,0 +1,133 @@
+"""What `recipes.scaling` found, as tables and pictures."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recipes import ablate_table
+
+
+def marks(part: str) -> tuple[str, str]:
+    return tuple(f"<!-- the table of recipes.scaling, {part}, {end} -->" for end in ("begins", "ends"))  # type: ignore[return-value]
+
+
+def put(said: str, part: str, page: Path, picture: Path | None) -> None:
+    """Put a table between its marks on the page."""
+    ablate_table.put(said, page, picture, marks=marks(part), words={"sizes": "Loss over size", "widths": "Loss over learning rate"}[part])
+
+
+def words_of_sizes(found: Mapping[str, Any]) -> str:
+    """The ladder, the law, and whether it held."""
+    lines, told, law = found["lines"], found["foretold"], found["law"]
+    of: dict[str, list[Mapping[str, Any]]] = {}
+    for line in lines:
+        of.setdefault(line["size"], []).append(line)
+    rows = ["| size | parameters | tokens | seeds | bits per byte | the law says |", "|---|---|---|---|---|---|"]
+    for size, each in sorted(of.items(), key=lambda item: found["parameters"][item[0]]):
+        bits = np.mean([line["bits_per_byte"] for line in each])
+        n = found["parameters"][size]
+        says = told["value"] if size == found["largest"] else float(law.at(n))
+        rows.append(f"| {size} | {n:,} | {each[0]['tokens']:,} | {len(each)} | {bits:.4f} | {says:.4f} |")
+    interval = "" if told["low"] is None else f" (95 %: {told['low']:.4f} to {told['high']:.4f})"
+    foretelling = f"Foretold for {found['largest']} before it was run: {told['value']:.4f}{interval}"
+    if not found["came_to"]:
+        verdict = "; it was not run yet."
+    else:
+        came = float(np.mean(found["came_to"]))
+        held = told["low"] is not None and told["low"] <= came <= told["high"]
+        verdict = f"; it came to {came:.4f}, {'inside' if held else 'outside' if told['low'] is not None else 'with no interval to be in'}."
+    off = ", ".join(f"{name} {value:.4f}" for name, value in found["laws_off_by"].items())
+    head = (
+        f"Measured on {lines[0]['device']} with jax {lines[0]['jax']}: {found['corpus']}, {found['tokens_per_parameter']:g} tokens a "
+        "parameter. "
+        f"{law.words()}" + (f"; the last rung but one foretold from those below it was off by: {off}." if off else ".")
+    )
+    return "\n".join([head, "", *rows, "", foretelling + verdict])
+
+
+def words_of_widths(found: Mapping[str, Any]) -> str:
+    """The best rate at each width under each rule."""
+    lines = found["lines"]
+    rows = [
+        "| rule | " + " | ".join(f"width {width}" for width in found["widths"]) + " | best rate ~ width^ |",
+        "|---|" + "---|" * (len(found["widths"]) + 1),
+    ]
+    for rule in found["rules"]:
+        best = found["best"].get(rule, {})
+        cells = []
+        for width in found["widths"]:
+            here = [line["bits_per_byte"] for line in lines if (line["rule"], line["width"]) == (rule, width)]
+            cells.append(f"{best[width]:.2e} ({min(here):.4f})" if width in best else "not known")
+        power = found["exponents"].get(rule)
+        rows.append(f"| {rule} | {' | '.join(cells)} | {'not known' if power is None else f'{-power:+.2f}'} |")
+    head = (
+        f"Measured on {lines[0]['device']} with jax {lines[0]['jax']}: {found['corpus']}, {lines[0]['tokens']:,} tokens a run, optimizer "
+        f"{found['optimizer']}. Best peak rate, as it would be at the base's width, and the best bits per byte of the grid."
+    )
+    return "\n".join([head, "", *rows])
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any, Any]:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", sharey=True, squeeze=False)
+    return plt, figure, axes[0]
+
+
+def draw_sizes(found: Mapping[str, Any], path: Path) -> None:
+    """Runs, the law through all but the largest, and what it foretold of that."""
+    plt, figure, (axis,) = _figure(6.4, 3.8)
+    sizes = np.array([line["parameters"] for line in found["lines"]], float)
+    bits = np.array([line["bits_per_byte"] for line in found["lines"]])
+    last = sizes == found["parameters"][found["largest"]]
+    reach = np.geomspace(sizes.min(), found["parameters"][found["largest"]], 100)
+    axis.plot(reach, found["law"].at(reach), color="tab:blue", linewidth=1.2, label=found["law"].words())
+    axis.plot(sizes[~last], bits[~last], "o", color="tab:blue", label="fitted to")
+    told = found["foretold"]
+    if told["low"] is not None:
+        x = found["parameters"][found["largest"]]
+        axis.errorbar(
+            x,
+            told["value"],
+            [[told["value"] - told["low"]], [told["high"] - told["value"]]],
+            color="black",
+            capsize=4,
+            label="foretold, 95 %",
+        )
+    if last.any():
+        axis.plot(sizes[last], bits[last], "D", color="tab:orange", label="came to")
+    axis.set(xscale="log", xlabel="parameters", ylabel="bits per byte, held out")
+    _finish(plt, figure, [axis], path)
+
+
+def draw_widths(found: Mapping[str, Any], path: Path) -> None:
+    """Bits per byte over the learning rate, a line a width, a panel a rule."""
+    plt, figure, axes = _figure(4.2 * len(found["rules"]), 3.6, len(found["rules"]))
+    for axis, rule in zip(axes, found["rules"], strict=True):
+        for width in found["widths"]:
+            course: dict[float, list[float]] = {}
+            for line in found["lines"]:
+                if (line["rule"], line["width"]) == (rule, width):
+                    course.setdefault(line["rate"], []).append(line["bits_per_byte"])
+            rates = sorted(course)
+            axis.plot(rates, [np.mean(course[rate]) for rate in rates], "o-", markersize=3, linewidth=1, label=f"width {width}")
+        axis.set(xscale="log", xlabel="peak learning rate at the base's width", title=rule)
+    axes[0].set_ylabel("bits per byte, held out")
+    bits = [line["bits_per_byte"] for line in found["lines"]]
+    axes[0].set_ylim(min(bits) - 0.02, min(bits) + 3 * (np.median(bits) - min(bits)) + 0.05)
+    _finish(plt, figure, axes, path)
+
+
+def _finish(plt: Any, figure: Any, axes: Any, path: Path) -> None:
+    for axis in axes:
+        axis.legend(fontsize="small")
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
