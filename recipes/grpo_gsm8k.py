@@ -70,7 +70,7 @@ class Config(RLConfig):
     prompts: int = Field(32, ge=1, description="prompts a batch")
     n: int = Field(8, ge=1, description="answers to each")
     max_new_tokens: int = Field(512, ge=1, description="longest answer, its end included")
-    peak: float = Field(1e-6, gt=0, description="learning rate, after a rise over 10 steps")
+    peak: float = Field(1e-6, gt=0, description="learning rate, after the rise")
     optimizer: OptimizerConfig = OptimizerConfig(name="adamw", beta2=0.999, weight_decay=0.01)
     step: StepConfig = StepConfig(micro_batches=16)
     kl_weight: float = Field(0.001, ge=0, description="of the KL from the model RL began with; 0: none, and it is not computed")

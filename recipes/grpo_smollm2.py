@@ -52,7 +52,7 @@ class Config(RLConfig):
     prompts: int = Field(3, ge=1, description="prompts a batch")
     n: int = Field(8, ge=1, description="answers to each")
     max_new_tokens: int = Field(24, ge=1, description="longest answer, its end included")
-    peak: float = Field(1e-4, gt=0, description="learning rate, after a rise over 10 steps")
+    peak: float = Field(1e-4, gt=0, description="learning rate, after the rise")
     overlong_buffer: int = Field(4, ge=1, description="dapo: tokens before the longest answer over which the length penalty grows to 1")
     most_draws: int = Field(3, ge=1, description="dapo: times that prompts are drawn for one batch, at most")
     dtype: Literal["auto", "float32", "bfloat16"] = resumable("auto", description="operands of the blocks' products; the head is fp32")

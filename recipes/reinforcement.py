@@ -54,7 +54,6 @@ from train.rollout_view import keep_rollouts
 from train.runtime import device_facts, peak_flops
 from train.step import StepConfig, TrainState, init_state, make_step
 
-RISE = 10  # steps over which the learning rate of RL rises
 RL_ENDS_IN_WORDS = (*ENDS_IN_WORDS, RewardError, GapError)
 
 # ------------------------------------------------------------------------------------------- config
@@ -71,7 +70,8 @@ class RLConfig(RunConfig):
     max_new_tokens: int = Field(6, ge=1, description="longest answer, its end included")
     passes: int = Field(1, ge=1, description="times each batch is learned from")
     parts: int = Field(1, ge=1, description="updates in one pass: the batch in so many parts")
-    peak: float = Field(5e-4, gt=0, description="learning rate of RL, after a rise over 10 steps")
+    peak: float = Field(5e-4, gt=0, description="learning rate of RL, after the rise")
+    rise: int = Field(10, ge=1, description="steps over which the learning rate rises from 0")
     cooldown: float = Field(0.0, ge=0, lt=1, description="share of the steps, at the end, over which the learning rate falls to a tenth")
     optimizer: OptimizerConfig = OptimizerConfig(name="adamw", beta2=0.99, weight_decay=0.0)
     step: StepConfig = StepConfig()
@@ -219,10 +219,10 @@ class Learner:
 
 
 def rate_at(config: RLConfig, index: int) -> float:
-    """The learning rate of step `index`: up over 10 steps, level, and down to a tenth over the cooldown, all in straight lines."""
+    """The learning rate of step `index`: up over the rise, level, and down to a tenth over the cooldown, all in straight lines."""
     falling = config.cooldown * config.steps
     rest = min(1.0, (config.steps - 1 - index) / falling) if falling else 1.0
-    return config.peak * min((index + 1) / RISE, 0.1 + 0.9 * rest, 1.0)
+    return config.peak * min((index + 1) / config.rise, 0.1 + 0.9 * rest, 1.0)
 
 
 class Iteration(NamedTuple):

@@ -34,7 +34,7 @@ SIZES = {
     "dtype": "float32",
 }
 WARM = {"warm_examples": 64, "warm_batch": 16, "warm_steps": 30, "warm_every": 30, "warm_peak": 0.01}
-OFTEN = {"cooldown": 0.0, "validate_every": 2, "validate_rows": 8, "sample_every": 2, "save_every": 2, "control": False}
+OFTEN = {"cooldown": 0.0, "rise": 10, "validate_every": 2, "validate_rows": 8, "sample_every": 2, "save_every": 2, "control": False}
 SMALL = {"task": "reversal", "reward_weights": {"letters": 1.0}, "steps": 4, "peak": 0.01, "backend": "reference"} | SIZES | WARM | OFTEN
 
 EVERY_STEP = [
@@ -238,7 +238,7 @@ def _written(folder):
 
 def test_the_learning_rate_rises_stays_and_falls_in_straight_lines() -> None:
     """10 steps up; over the last tenth of 100 steps down to a tenth: 1 - 0.9 · k/10 after k of them."""
-    config = Config(steps=100, peak=2.0, cooldown=0.1)
+    config = Config(steps=100, peak=2.0, rise=10, cooldown=0.1)
     assert [rate_at(config, index) for index in (0, 4, 9, 50, 89)] == pytest.approx([0.2, 1.0, 2.0, 2.0, 2.0])
     assert [rate_at(config, index) for index in (90, 94, 99)] == pytest.approx([2 * 0.91, 2 * 0.55, 2 * 0.1])
-    assert rate_at(Config(steps=100, peak=2.0, cooldown=0.0), 99) == 2.0
+    assert rate_at(Config(steps=100, peak=2.0, rise=10, cooldown=0.0), 99) == 2.0
