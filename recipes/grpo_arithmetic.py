@@ -62,9 +62,9 @@ class Config(RLConfig):
     n_heads: int = Field(4, gt=0, description="heads of a fresh model")
     d_ff: int = Field(176, gt=0, description="hidden width of a fresh model's MLPs")
 
-    warm_examples: int = Field(750, ge=0, description="worked examples imitated before RL; 0: none, begin with RL")
+    warm_examples: int = Field(850, ge=0, description="worked examples imitated before RL; 0: none, begin with RL")
     warm_batch: int = Field(128, gt=0, description="examples a step")
-    warm_peak: float = Field(1e-3, gt=0, description="learning rate of imitation")
+    warm_peak: float = Field(3e-3, gt=0, description="learning rate of imitation")
     warm_decay: float = Field(0.0, ge=0, description="weight decay of imitation; with some, a set hardly larger is suddenly understood")
     warm_steps: int = Field(3000, gt=0, description="steps of imitation at most")
     warm_every: int = Field(50, gt=0, description="steps between looks at the held-out problems; the best look is where RL begins")
