@@ -3,7 +3,7 @@
     offset   L(N) = E + A / Nᵃ     (Hoffmann et al. 2022, arXiv:2203.15556, eq. 2, tokens in a fixed ratio to N)
     power    L(N) = A / Nᵃ         (Kaplan et al. 2020, arXiv:2001.08361, eq. 1.1)
 
-For a given a both are linear in the rest, so least squares needs a search over a alone: a grid, then its best place refined.
+For a given a both are linear in the rest, so least squares needs a search over a alone: a grid, then a finer one around its best place.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,8 @@ from train.intervals import Estimate
 
 LawName = Literal["offset", "power"]
 EXPONENTS = np.geomspace(0.01, 2.0, 200)
-RESAMPLES = 1000
+REFINED = 5  # times: the grid between the best place's neighbours, each ten times as fine
+RESAMPLES = 500
 
 
 class Law(NamedTuple):
@@ -51,33 +52,39 @@ def fit(sizes: npt.ArrayLike, losses: npt.ArrayLike, name: LawName = "offset") -
         raise ValueError(
             f"a law {name} has {needed} numbers: expected losses of at least {needed} different sizes, got {sorted(set(n.tolist()))}"
         )
+    floor, scale, exponent = _fitted(n, y[None], name)
+    return Law(name, float(floor[0]), float(scale[0]), float(exponent[0]))
+
+
+def _fitted(n: np.ndarray, y: np.ndarray, name: LawName) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """E, A and a of each of several rows of losses, `[rows, runs]`, at the same sizes."""
     unit = np.exp(np.mean(np.log(n)))  # near 1 the columns stay apart in size
 
-    def at_exponent(exponent: float) -> tuple[float, float, float]:
-        """Squared error, E and A (of N / unit)."""
-        x = (n / unit) ** -exponent
-        floor = 0.0
-        scale = float(x @ y / (x @ x))
+    def at(exponents: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Squared error, E and A (of N / unit) at each of a row's exponents, `[rows or 1, candidates]`."""
+        x = (n / unit) ** -exponents[..., None]  # [rows or 1, candidates, runs]
+        target = y[:, None, :]
+        floor = np.zeros((len(y), exponents.shape[1]))
+        scale = np.sum(x * target, axis=-1) / np.sum(x * x, axis=-1)
         if name == "offset":
-            spread = x - x.mean()
-            slope = float(spread @ (y - y.mean()) / (spread @ spread))
-            below = float(y.mean() - slope * x.mean())
-            if slope < 0:  # no fall with size: the floor alone
-                floor, scale = float(y.mean()), 0.0
-            elif below >= 0:
-                floor, scale = below, slope
-        return float(np.sum(np.square(y - floor - scale * x))), floor, scale
+            spread, mean = x - x.mean(axis=-1, keepdims=True), y.mean(axis=-1)[:, None]
+            slope = np.sum(spread * (target - mean[..., None]), axis=-1) / np.sum(spread * spread, axis=-1)
+            below = mean - slope * x.mean(axis=-1)
+            flat, above = slope < 0, below >= 0  # no fall with size: the floor alone; a floor below 0: none
+            floor = np.where(flat, mean, np.where(above, below, 0.0))
+            scale = np.where(flat, 0.0, np.where(above, slope, scale))
+        return np.sum(np.square(target - floor[..., None] - scale[..., None] * x), axis=-1), floor, scale
 
-    errors = [at_exponent(exponent)[0] for exponent in EXPONENTS]
-    best = int(np.argmin(errors))
-    low, high = EXPONENTS[max(0, best - 1)], EXPONENTS[min(len(EXPONENTS) - 1, best + 1)]
-    golden = (np.sqrt(5) - 1) / 2
-    for _ in range(60):  # golden section: between neighbours of the grid's best place the error has one valley
-        first, second = high - golden * (high - low), low + golden * (high - low)
-        low, high = (low, second) if at_exponent(first)[0] < at_exponent(second)[0] else (first, high)
-    exponent = float((low + high) / 2)
-    _, floor, scale = at_exponent(exponent)
-    return Law(name, floor, scale * unit**exponent, exponent)
+    rows = np.arange(len(y))
+    grid = EXPONENTS[None]
+    for _ in range(REFINED + 1):
+        error, floor, scale = at(grid)
+        best = np.argmin(error, axis=1)
+        exponent = np.broadcast_to(grid, error.shape)[rows, best]
+        neighbours = [np.broadcast_to(grid, error.shape)[rows, np.clip(best + step, 0, grid.shape[1] - 1)] for step in (-1, 1)]
+        grid = np.linspace(*neighbours, 21, axis=1)
+    floor, scale = floor[rows, best], scale[rows, best]
+    return floor, scale * unit**exponent, exponent
 
 
 def chosen(sizes: npt.ArrayLike, losses: npt.ArrayLike) -> tuple[Law, dict[str, float]]:
@@ -104,9 +111,8 @@ def foretold(law: Law, sizes: Sequence[float], losses: Sequence[float], size: fl
         return Estimate(value, None, None, len(n), f"none: {len(n)} runs for {law.numbers} numbers")
     residuals = (y - law.at(n)) * np.sqrt(len(n) / free)
     rng = np.random.default_rng(seed)
-    found = []
-    for _ in range(RESAMPLES):
-        drawn = rng.choice(residuals, len(n) + 1)
-        found.append(float(fit(n, law.at(n) + drawn[:-1], law.name).at(size)) + drawn[-1])
+    drawn = rng.choice(residuals, (RESAMPLES, len(n) + 1))
+    floor, scale, exponent = _fitted(n, law.at(n) + drawn[:, :-1], law.name)
+    found = floor + scale * size**-exponent + drawn[:, -1]
     low, high = np.percentile(found, [2.5, 97.5])
     return Estimate(value, float(low), float(high), len(n), f"bootstrap of residuals, {RESAMPLES} draws")
