@@ -71,7 +71,7 @@ class Config(RLConfig):
     warm_patience: int = Field(8, gt=0, description="looks without a new best after which imitation ends")
 
     algorithm: Literal["reinforce", "rloo", "grpo", "dr_grpo", "dapo", "gspo"] = Field("dapo", description="see the table in docs/rl.md")
-    steps: int = resumable(2000, ge=1, description="batches of answers to learn from")
+    steps: int = resumable(3000, ge=1, description="batches of answers to learn from")
     n: int = Field(8, ge=1, description="answers to each prompt")
     max_new_tokens: int = Field(5, ge=1, description="longest answer, its end included")
     overlong_buffer: int = Field(1, ge=1, description="dapo: tokens before the longest answer over which the length penalty grows to 1")
