@@ -81,8 +81,8 @@ def _fitted(n: np.ndarray, y: np.ndarray, name: LawName) -> tuple[np.ndarray, np
         error, floor, scale = at(grid)
         best = np.argmin(error, axis=1)
         exponent = np.broadcast_to(grid, error.shape)[rows, best]
-        neighbours = [np.broadcast_to(grid, error.shape)[rows, np.clip(best + step, 0, grid.shape[1] - 1)] for step in (-1, 1)]
-        grid = np.linspace(*neighbours, 21, axis=1)
+        below, above = (np.broadcast_to(grid, error.shape)[rows, np.clip(best + step, 0, grid.shape[1] - 1)] for step in (-1, 1))
+        grid = np.linspace(below, above, 21, axis=1)
     floor, scale = floor[rows, best], scale[rows, best]
     return floor, scale * unit**exponent, exponent
 
