@@ -45,16 +45,31 @@ _ENDS = (
 )
 _ASKED = ("Say something about {thing}.", "Write one sentence about {thing}.", "Tell me a fact about {thing}.")
 
-# What is asked for → the rule it is judged by, and what that is told. `{word}` and `{end}` are filled in.
-_CONSTRAINTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("Write in lowercase letters only.", "change_case:english_lowercase", {}),
-    ("Write in capital letters only.", "change_case:english_capital", {}),
-    ("Put your whole answer in double quotation marks.", "startend:quotation", {}),
-    ('Use the word "{word}".', "keywords:existence", {"keywords": ["{word}"]}),
-    ('End with the words "{end}"', "startend:end_checker", {"end_phrase": "{end}"}),
-    ("Use fewer than 10 words.", "length_constraints:number_words", {"num_words": 10, "relation": "less than"}),
-    ("Give a title in double angular brackets, such as <<a title>>.", "detectable_format:title", {}),
-    ("Write exactly two bullet points that begin with *.", "detectable_format:number_bullet_lists", {"num_bullets": 2}),
+# What is asked for, the rule it is judged by, what that is told, and an answer. `{word}`, `{end}` and `{thing}` are filled in.
+_CONSTRAINTS: tuple[tuple[str, str, dict[str, Any], str], ...] = (
+    ("Write in lowercase letters only.", "change_case:english_lowercase", {}, "i often think about {thing} at home"),
+    ("Write in capital letters only.", "change_case:english_capital", {}, "I OFTEN THINK ABOUT {THING} AT HOME"),
+    ("Put your whole answer in double quotation marks.", "startend:quotation", {}, '"I often think about {thing} at home."'),
+    ('Use the word "{word}".', "keywords:existence", {"keywords": ["{word}"]}, "I {word} think about {thing} at home."),
+    ('End with the words "{end}"', "startend:end_checker", {"end_phrase": "{end}"}, "I often think about {thing} at home. {end}"),
+    (
+        "Use fewer than 10 words.",
+        "length_constraints:number_words",
+        {"num_words": 10, "relation": "less than"},
+        "I often think about {thing} at home.",
+    ),
+    (
+        "Give a title in double angular brackets, such as <<a title>>.",
+        "detectable_format:title",
+        {},
+        "<<A thought>> I often think about {thing} at home.",
+    ),
+    (
+        "Write exactly two bullet points that begin with *.",
+        "detectable_format:number_bullet_lists",
+        {"num_bullets": 2},
+        "* I often think about {thing}.\n* I think so at home.",
+    ),
 )
 
 
@@ -77,10 +92,10 @@ def task(held_out_things: int = 40, seed: int = 0) -> Task:
 
 
 def _problem(
-    thing: str, asked: str, constraint: tuple[str, str, dict[str, Any]], rng: np.random.Generator, *, words: list[str], ends: list[str]
+    thing: str, asked: str, constraint: tuple[str, str, dict[str, Any], str], rng: np.random.Generator, *, words: list[str], ends: list[str]
 ) -> Problem:
-    wanted, rule, told = constraint
-    filled = {"word": str(rng.choice(words)), "end": str(rng.choice(ends))}
+    wanted, rule, told, answer = constraint
+    filled = {"word": str(rng.choice(words)), "end": str(rng.choice(ends)), "thing": thing, "THING": thing.upper()}
 
     def fill(value: Any) -> Any:
         if isinstance(value, list):
@@ -88,7 +103,7 @@ def _problem(
         return value.format(**filled) if isinstance(value, str) and "{" in value else value
 
     facts = {"thing": thing, "rule": rule, "told": {name: fill(value) for name, value in told.items()}}
-    return Problem(f"{asked.format(thing=thing)} {wanted.format(**filled)}", facts)
+    return Problem(f"{asked.format(thing=thing)} {wanted.format(**filled)}", facts, solution=answer.format(**filled))
 
 
 def followed(problem: Problem, answer: str) -> float:
