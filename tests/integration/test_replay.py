@@ -11,10 +11,10 @@ from recipes.trial import material, trained
 
 WORDS = ["the", "of", "and", "to", "in", "is", "that", "it", "was", "for", "on", "are", "with", "his", "they", "hot", "word", "what", "out"]
 
-# Losses of a model of 7 thousand parameters on the text below (jax 0.10.2, fp32, reference kernels). Made by this very test; another
-# processor, jax 0.12 or bf16 products change them in the third digit at most.
+# Losses of a model of 7 thousand parameters on the text below (fp32, reference kernels), the same with jax 0.10.2 and 0.12.0.1 to the fourth
+# digit. Made by this very test.
 TINY = {"vocab": 290, "d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "d_ff": 24, "seq": 32, "batch": 4, "steps": 40}
-FIRST = {"muon": (5.678905, 5.649819, 5.604372, 5.520653), "adamw": (5.678905, 0.0, 0.0, 0.0)}
+FIRST = {"muon": (5.666626, 5.632055, 5.564249, 5.465539), "adamw": (5.666626, 5.628373, 5.546512, 5.409902)}
 
 
 def texts(folder):
@@ -24,7 +24,7 @@ def texts(folder):
     return folder
 
 
-@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("name", ["muon", pytest.param("adamw", marks=pytest.mark.heavy)])
 def test_the_first_steps_of_a_tiny_run_are_what_they_were(name, tmp_path, monkeypatch):
     monkeypatch.setenv("ZMAJ_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "texts").mkdir()
