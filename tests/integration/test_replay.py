@@ -11,8 +11,8 @@ from recipes.trial import material, trained
 
 WORDS = ["the", "of", "and", "to", "in", "is", "that", "it", "was", "for", "on", "are", "with", "his", "they", "hot", "word", "what", "out"]
 
-# Losses of a model of 7 thousand parameters on the text below (fp32, reference kernels), the same with jax 0.10.2 and 0.12.0.1 to the fourth
-# digit. Made by this very test.
+# Losses of a model of 7 thousand parameters on the text below (fp32, reference kernels), the same with jax 0.10.2 and 0.12.0.1 to four
+# digits. Made by this very test.
 TINY = {"vocab": 290, "d_model": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "d_ff": 24, "seq": 32, "batch": 4, "steps": 40}
 FIRST = {"muon": (5.666626, 5.632055, 5.564249, 5.465539), "adamw": (5.666626, 5.628373, 5.546512, 5.409902)}
 
