@@ -24,7 +24,7 @@ def texts(folder):
     return folder
 
 
-@pytest.mark.parametrize("name", FIRST)
+@pytest.mark.parametrize("name", ["muon", pytest.param("adamw", marks=pytest.mark.heavy)])
 def test_the_first_steps_of_a_tiny_run_are_what_they_were(name, tmp_path, monkeypatch):
     monkeypatch.setenv("ZMAJ_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "texts").mkdir()

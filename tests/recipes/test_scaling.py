@@ -98,6 +98,7 @@ def test_the_exponent_follows_from_the_best_rates_of_a_grid(texts, tmp_path, mon
     assert (tmp_path / "images" / "scaling_widths.png").exists()
 
 
+@pytest.mark.heavy
 def test_a_tiny_ladder_runs_for_real(texts, tmp_path):
     how = {"data": texts, "vocab": 300, "seq": 32, "batch": 2, "file": tmp_path / "it.jsonl", "page": None}
     config = Config(sizes=("32x1", "64x1", "96x1"), tokens_per_parameter=0.005, base={"schedule.peak": "0.01"}, **how)
