@@ -58,7 +58,7 @@ def words(found: Mapping[str, Any]) -> str:
         + ", ".join(f"{NAMES[side]} {n:,} parameters" for side, n in parameters.items())
         + "."
     )
-    race = ["| side | seconds of training: bits per byte, by budget |", "|---|---|"]
+    race = ["| side | seconds of training, compilation too: bits per byte, by budget |", "|---|---|"]
     for side, course in found["courses"].items():
         race.append(f"| {NAMES[side]}, best of its grid | {', '.join(f'{s:.0f} s: {bits:.4f}' for s, bits in course)} |")
     told = []
