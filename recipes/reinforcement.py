@@ -96,7 +96,7 @@ class RLConfig(RunConfig):
     )
     answers: int = Field(8, ge=1, description="answers to each held-out problem in a look; pass@1 and pass@this are reported")
     validate_every: int = resumable(50, ge=1, description="steps between looks at the held-out problems")
-    validate_rows: int = resumable(512, ge=1, description="held-out problems in such a look; the last one takes all")
+    validate_rows: int = resumable(512, ge=1, description="held-out problems in such a look; the first and last one take all")
     sample_every: int = resumable(100, ge=1, description="steps between best and worst answers on the screen and in rollouts.jsonl")
     save_every: int = resumable(100, ge=1, description="steps between checkpoints")
     seed: int = Field(0, ge=0, description="of weights, examples, prompts and draws")
