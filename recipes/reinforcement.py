@@ -299,8 +299,8 @@ def reinforce(
                     train_s += sum(metrics[name] for name in Clock.PARTS)
                     log.log(done, minutes=train_s / 60, **metrics)
                     last = done == config.steps
-                    idle = idle + 1 if metrics["idle"] else 0
-                    if idle and idle & (idle - 1) == 0:  # at 1, 2, 4, 8, …
+                    idle += metrics["idle"]
+                    if metrics["idle"] and idle & (idle - 1) == 0:  # at 1, 2, 4, 8, …
                         logger.warning(nothing_learned(idle, metrics))
                     if done % config.validate_every == 0 or last:
                         solved = look(state, done, len(task.held_out) if last else config.validate_rows)

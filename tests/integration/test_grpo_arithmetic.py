@@ -152,7 +152,7 @@ def test_a_task_whose_answers_are_all_worth_the_same_is_noticed(tmp_path, monkey
     easy = Task("easy", problems, problems, {"any": lambda p, a: 1.0}, {"any": 1.0}, verifier="any")
     monkeypatch.setitem(grpo_arithmetic.TASKS, "reversal", lambda: easy)
     said = play(tmp_path / "run", reward_weights={}, warm_examples=0, algorithm="dapo", steps=1, most_draws=2)
-    assert "1 steps on end had nothing to learn from" in said
+    assert "steps so far with nothing to learn from: 1. " in said
     assert "100% of groups all right" in said
     strange = Task("strange", problems, problems, {"any": lambda p, a: "right"}, {"any": 1.0}, verifier="any")
     monkeypatch.setitem(grpo_arithmetic.TASKS, "reversal", lambda: strange)
