@@ -37,8 +37,8 @@ def of_updates(told: list[dict[str, Any]]) -> dict[str, float]:
 def nothing_learned(idle: int, metrics: dict[str, Any]) -> str:
     right, wrong = 100 * metrics["groups_all_right"], 100 * metrics["groups_all_wrong"]
     return (
-        f"steps so far with nothing to learn from: {idle}. In each group all answers were worth the same (in this one {right:.0f}% of groups all "
-        f"right, {wrong:.0f}% all wrong). Is the task too easy or too hard for this model?"
+        f"steps so far with nothing to learn from: {idle}. In each group all answers were worth the same (in this one {right:.0f}% of "
+        f"groups all right, {wrong:.0f}% all wrong). Is the task too easy or too hard for this model?"
     )
 
 
