@@ -15,6 +15,8 @@ end, and with `--table-only` at once, the lines of these very settings become a 
     python -m recipes.ablate --only relu2+zero_init            # both at once
     python -m recipes.ablate                                   # all, hours on two cores
     python -m recipes.ablate --table-only
+    taskset -c 0 python -m recipes.ablate --seeds 0 &          # two series at once, a core each
+    taskset -c 1 python -m recipes.ablate --seeds 1
 
 Seconds hang on what else the machine does: rest it, and compare what was run in one go.
 """
@@ -32,10 +34,10 @@ from rich.console import Console
 
 from recipes import ablate_table, speedrun
 from recipes.command_line import RecipeConfig, fail
-from recipes.running import ENDS_IN_WORDS, commit
-from recipes.trial import Material, append_line, changed, material, read_lines, run_trial, settings_digest
+from recipes.running import ENDS_IN_WORDS
+from recipes.trial import Material, append_line, changed, machine, material, read_lines, run_trial, settings_digest
 from train.logs import plain_messages, progress
-from train.runtime import choose_device, compilation_cache, device_facts
+from train.runtime import choose_device, compilation_cache
 
 Changes = Callable[[speedrun.Experiment], dict[str, Any]]
 
@@ -96,8 +98,12 @@ class Config(RecipeConfig):
 
     only: tuple[str, ...] = Field((), description="switches, or several joined by +; none: all. The baseline is always among them")
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="of weights, data order and dropout")
-    tokens: int = Field(400_000, gt=0, description="places of the rows that a run trains on; steps are this over batch x seq")
-    preset: Literal["1m", "4m", "14m", "30m", "60m"] = Field("4m", description="sizes of the baseline, as in pretrain_small")
+    tokens: int = Field(
+        800_000,
+        gt=0,
+        description="places of the rows that a run trains on; by default as many a parameter as in pretrain_small's eight minutes",
+    )
+    preset: Literal["1m", "4m", "14m", "30m", "60m"] = Field("1m", description="sizes of the baseline, as in pretrain_small")
     base: dict[str, str] = Field({}, description="other values of the baseline, by dotted name: schedule.peak 3e-3 mlp relu2")
     data: str = Field("stdlib", description="the corpus, in the words of pretrain_small's --data")
     file: Path = Field(Path("docs/ablations.jsonl"), description="where the lines go, one a run")
@@ -178,7 +184,7 @@ def run_missing(config: Config, runs: dict[str, speedrun.Experiment], digests: d
     done = {(line["name"], line["seed"], line["settings"]) for line in read_lines(config.file)}
     missing = [(name, seed) for seed in config.seeds for name in runs if (name, seed, digests[name]) not in done]
     logger.info(f"{len(missing)} runs to do, {len(runs) * len(config.seeds) - len(missing)} are in {config.file} already")
-    facts = {"device": device.device_kind, "platform": device_facts(device)["platform"], "jax": jax.__version__, "commit": commit()}
+    facts = machine(runs[BASELINE], device)
     begin = time.monotonic()
     for i, (name, seed) in enumerate(missing):
         experiment = runs[name].model_copy(update={"seed": seed})

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from recipes.trial import machines
 from train.intervals import Estimate, mean_of_few
 
 MORE = 1.5  # times the baseline's tokens, in the runs that say what a token is worth
@@ -63,7 +64,7 @@ def words(found: Mapping[str, Mapping[str, Any]], lines: Sequence[Mapping[str, A
     base = next(line for line in lines if line["name"] == "baseline")
     seeds = len({line["seed"] for line in lines if line["name"] == "baseline"})
     head = (
-        f"Measured on {base['device']} with jax {base['jax']}: {data}, {base['tokens']:,} tokens a run ({base['steps']} steps), "
+        f"Measured on {machines(lines)}: {data}, {base['tokens']:,} tokens a run ({base['steps']} steps), "
         f"{base['parameters']:,} parameters, {base['step_s']:.3f} s a step, {seeds} seed{'s' if seeds > 1 else ''}; "
         f"the baseline comes to {found['baseline']['bits_per_byte']:.4f} bits per byte."
     )

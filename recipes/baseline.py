@@ -37,8 +37,8 @@ from recipes.ablate import nested
 from recipes.benchmark_workers import ROOT, users_environment
 from recipes.command_line import RecipeConfig, fail
 from recipes.report import bits_of
-from recipes.running import ENDS_IN_WORDS, commit
-from recipes.trial import Material, append_line, changed, material, read_lines, run_trial, settings_digest
+from recipes.running import ENDS_IN_WORDS
+from recipes.trial import Material, append_line, changed, machine, material, read_lines, run_trial, settings_digest
 from train.backends import choose_dtype
 from train.logs import plain_messages, progress
 from train.runtime import choose_device, compilation_cache, device_facts
@@ -81,8 +81,9 @@ def main(config: Config) -> dict[str, Any]:
     compilation_cache()
     if "torch" in config.sides and not config.table_only:
         check_torch(config)
-    facts = {"device": device.device_kind, "cpu": device_facts(device).get("cpu"), "jax": jax.__version__, "commit": commit()}
-    text = material(experiment(config, config.rates[0], config.batches[0], 1.0))
+    plain = experiment(config, config.rates[0], config.batches[0], 1.0)
+    facts = machine(plain, device)
+    text = material(plain)
     places = [(rate, batch) for batch in config.batches for rate in config.rates]
     with tempfile.TemporaryDirectory() as name:
         windows = held_out_windows(text.held_out, experiment(config, 1.0, 1, 1.0).seq, Path(name) / "held_out.npz")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes import ablate_table
+from recipes.trial import machines
 
 MARKS = ("<!-- the table of recipes.baseline begins -->", "<!-- the table of recipes.baseline ends -->")
 NAMES = {"ours": "ours", "torch": "PyTorch"}
@@ -37,7 +38,7 @@ def ratios(ours: Course, theirs: Course) -> list[tuple[float, float]]:
 def words(found: Mapping[str, Any]) -> str:
     """The grid, the best places, and the ratio of minutes."""
     lines = found["lines"]
-    first = lines[0]
+
     grid = [line for line in lines if line["budget"] == 1.0]
     rates, batches = sorted({line["rate"] for line in grid}), sorted({line["batch"] for line in grid})
     rows = ["| side | rows a step | " + " | ".join(f"rate {rate:g}" for rate in rates) + " |", "|---|---|" + "---|" * len(rates)]
@@ -53,7 +54,7 @@ def words(found: Mapping[str, Any]) -> str:
     parameters = {side: next(line["parameters"] for line in lines if line["side"] == side) for side in found["best"]}
     versions = {line["torch"] for line in lines if "torch" in line}
     head = (
-        f"Measured on {first.get('cpu') or first['device']}, jax {first['jax']}{''.join(f', torch {v}' for v in sorted(versions))}: "
+        f"Measured on {machines(found['lines'])}{''.join(f', torch {v}' for v in sorted(versions))}: "
         f"{found['corpus']}, bits per byte of the held-out text after {tokens:,} tokens; "
         + ", ".join(f"{NAMES[side]} {n:,} parameters" for side, n in parameters.items())
         + "."

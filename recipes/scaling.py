@@ -29,8 +29,8 @@ import lm
 from recipes import scaling_table, speedrun
 from recipes.ablate import nested
 from recipes.command_line import RecipeConfig, fail
-from recipes.running import ENDS_IN_WORDS, commit
-from recipes.trial import Material, append_line, changed, material, read_lines, run_trial, settings_digest
+from recipes.running import ENDS_IN_WORDS
+from recipes.trial import Material, append_line, changed, machine, material, read_lines, run_trial, settings_digest
 from train.laws import chosen, foretold
 from train.logs import plain_messages, progress
 from train.runtime import choose_device, compilation_cache
@@ -96,8 +96,9 @@ def main(config: Config) -> dict[str, Any]:
     plain_messages()
     device = choose_device(config.device)
     compilation_cache()
-    facts = {"device": device.device_kind, "jax": jax.__version__, "commit": commit()}
-    text = material(experiment(config, config.widths[0], 1))
+    plain = experiment(config, config.widths[0], 1)
+    facts = machine(plain, device)
+    text = material(plain)
     found = sizes(config, text, facts) if config.part == "sizes" else widths(config, text, facts)
     said = scaling_table.words_of_sizes(found) if config.part == "sizes" else scaling_table.words_of_widths(found)
     Console().print(said, markup=False, highlight=False, soft_wrap=True)

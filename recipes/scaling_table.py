@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from recipes import ablate_table
+from recipes.trial import machines
 
 
 def marks(part: str) -> tuple[str, str]:
@@ -39,10 +40,8 @@ def words_of_sizes(found: Mapping[str, Any]) -> str:
         held = told["low"] is not None and told["low"] <= came <= told["high"]
         verdict = f"; it came to {came:.4f}, {'inside' if held else 'outside' if told['low'] is not None else 'with no interval to be in'}."
     off = ", ".join(f"{name} {value:.4f}" for name, value in found["laws_off_by"].items())
-    head = (
-        f"Measured on {lines[0]['device']} with jax {lines[0]['jax']}: {found['corpus']}, {found['tokens_per_parameter']:g} tokens a "
-        "parameter. "
-        f"{law.words()}" + (f"; the last rung but one foretold from those below it was off by: {off}." if off else ".")
+    head = f"Measured on {machines(lines)}: {found['corpus']}, {found['tokens_per_parameter']:g} tokens a parameter. {law.words()}" + (
+        f"; the last rung but one foretold from those below it was off by: {off}." if off else "."
     )
     return "\n".join([head, "", *rows, "", foretelling + verdict])
 
@@ -63,7 +62,7 @@ def words_of_widths(found: Mapping[str, Any]) -> str:
         power = found["exponents"].get(rule)
         rows.append(f"| {rule} | {' | '.join(cells)} | {'not known' if power is None else f'{-power:+.2f}'} |")
     head = (
-        f"Measured on {lines[0]['device']} with jax {lines[0]['jax']}: {found['corpus']}, {lines[0]['tokens']:,} tokens a run, optimizer "
+        f"Measured on {machines(lines)}: {found['corpus']}, {lines[0]['tokens']:,} tokens a run, optimizer "
         f"{found['optimizer']}. Best peak rate, as it would be at the base's width, and the best bits per byte of the grid."
     )
     return "\n".join([head, "", *rows])

@@ -7,7 +7,7 @@ import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -26,7 +26,9 @@ from recipes.corpus import encode, encode_training, fewer_held_out
 from recipes.curves import settings_of
 from recipes.pretrain_small import Experiment, beginning, flight_of, train_or_load_tokenizer
 from recipes.report import bits_of, nats_of
+from recipes.running import commit
 from train.averages import average_rate
+from train.backends import choose_dtype
 from train.loop import steps
 from train.optimizers import learning_rate
 from train.runtime import device_facts
@@ -160,6 +162,23 @@ def settings_digest(config: Experiment, text: Material) -> str:
     """A name for what is trained, on which text: all settings but the seed and those of how it is carried out."""
     carried_out = {name: getattr(config, name) for name in ("dtype", "backend")}  # they round in other ways
     return hashlib.sha256(json.dumps([settings_of(config), carried_out, text.identity], sort_keys=True).encode()).hexdigest()[:12]
+
+
+def machine(config: Experiment, device: jax.Device) -> dict[str, Any]:
+    """Where and with what a line was made."""
+    facts = device_facts(device)
+    dtype = choose_dtype(facts) if config.dtype == "auto" else config.dtype
+    names = {"device": facts["device_kind"], "cpu": facts["cpu"], "cores": facts["cpu_cores"], "dtype": dtype}
+    return {**names, "jax": jax.__version__, "commit": commit()}
+
+
+def machines(lines: Sequence[Mapping[str, Any]]) -> str:
+    """The machines of some lines, in words."""
+    found: dict[str, None] = {}  # in order, each once
+    for line in lines:
+        cores = f"{line['cores']} core{'s' if line['cores'] > 1 else ''} of {line['cpu']}" if line["device"] == "cpu" else line["device"]
+        found[f"{cores}, {line['dtype']}, jax {line['jax']}"] = None
+    return "; ".join(found)
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:

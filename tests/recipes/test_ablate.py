@@ -16,7 +16,7 @@ TINY = {"vocab": "290", "d_model": "16", "n_layers": "1", "n_heads": "2", "n_kv_
 
 
 def line(name, seed, bits, *, tokens=1000, step_s=0.5, steps=10):
-    facts = {"settings": "x", "parameters": 7, "device": "a CPU", "jax": "0"}
+    facts = {"settings": "x", "parameters": 7, "device": "a card", "dtype": "bfloat16", "jax": "0"}
     return {"name": name, "seed": seed, "bits_per_byte": bits, "tokens": tokens, "step_s": step_s, "steps": steps, **facts}
 
 
@@ -46,6 +46,7 @@ def test_differences_are_paired_by_seed_and_minutes_are_priced_in_tokens():
 def test_the_words_name_the_winners_and_stand_between_the_marks(tmp_path):
     found = ablate_table.summed_up(LINES)
     said = ablate_table.words(found, LINES, "stdlib")
+    assert said.startswith("Measured on a card, bfloat16, jax 0: stdlib, ")
     assert "1,000 tokens a run (10 steps), 7 parameters, 0.500 s a step, 3 seeds; the baseline comes to 2.1000" in said
     assert "| `good` | -0.1000 | -0.1248 to -0.0752 | better | x 2.00 | +0.0710 |" in said
     assert "whole interval below 0: `good`. Expected to be better at the same minutes: none." in said
