@@ -101,7 +101,7 @@ class Config(RecipeConfig):
     tokens: int = Field(
         800_000,
         gt=0,
-        description="places of the rows that a run trains on; by default as many a parameter as in pretrain_small's eight minutes",
+        description="places of the rows that a run trains on; as many a parameter as pretrain_small's default sees, nearly",
     )
     preset: Literal["1m", "4m", "14m", "30m", "60m"] = Field("1m", description="sizes of the baseline, as in pretrain_small")
     base: dict[str, str] = Field({}, description="other values of the baseline, by dotted name: schedule.peak 3e-3 mlp relu2")
