@@ -92,7 +92,8 @@ class RLConfig(RunConfig):
         None,
         gt=0,
         description="nats by which sampler and trainer may differ on a token; above, the run stops. None: 1e-4 in float32; in bfloat16 "
-        "three times the largest gap of three calibration draws before the first step, which is then written into the run's config",
+        "three times the largest gap of three calibration runs, four batches of draws each, before the first step, which is then written "
+        "into the run's config",
     )
     answers: int = Field(8, ge=1, description="answers to each held-out problem in a look; pass@1 and pass@this are reported")
     validate_every: int = resumable(50, ge=1, description="steps between looks at the held-out problems")

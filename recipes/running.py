@@ -93,9 +93,10 @@ def choose_flight(
 
 
 def seconds_a_step(step: Any, state: TrainState, batch: Any) -> float:
-    """Compile the step, then time it, on a state that is thrown away: the median of six, or of fewer where they take long."""
+    """Compile the step, then time it, on a state that is thrown away: the median of six, or of fewer where they take
+    half a minute: the machine may stand still for some seconds."""
     times: list[float] = []
-    while len(times) < 7 and (len(times) < 3 or sum(times[1:]) < 10):
+    while len(times) < 7 and (len(times) < 3 or sum(times[1:]) < 30):
         begin = time.perf_counter()
         state, metrics = step(state, batch, 0.0)
         jax.block_until_ready((state, metrics))

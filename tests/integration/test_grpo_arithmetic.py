@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import time
 
@@ -145,6 +146,17 @@ def test_stopped_and_resumed_it_is_the_same_run(run, tmp_path) -> None:
     assert [line for line in resumed if "reward" in line] == [line for line in whole if "reward" in line]
     one, other = (load_file(each / "export" / "model.safetensors") for each in (folder, tmp_path / "run"))
     assert all((one[name] == other[name]).all() for name in one)
+
+
+def test_in_bfloat16_the_limit_of_the_gap_is_measured_and_written_down(tmp_path) -> None:
+    """Three times the largest of the three runs that are told, each of draws of its own."""
+    said = play(tmp_path / "run", dtype="bfloat16", warm_examples=0, steps=1)
+    told = re.search(r"largest gaps of three runs of draws (\S+), (\S+), (\S+) nats; the limit is", said)
+    assert told is not None
+    gaps = [float(each) for each in told.groups()]
+    assert len(set(gaps)) == 3
+    assert load_config(Config, tmp_path / "run").gap_limit == pytest.approx(3 * max(gaps), rel=0.01)
+    assert 1e-4 < max(gaps) < 1
 
 
 def test_a_task_whose_answers_are_all_worth_the_same_is_noticed(tmp_path, monkeypatch) -> None:
