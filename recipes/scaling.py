@@ -1,15 +1,20 @@
-"""What size brings, foretold and then checked; and how the learning rate goes along with the width.
+"""What size brings, foretold and then checked; and how learning rate, batch, weight decay and tokens go along with the size.
 
-Two series of short runs (`recipes.trial`), each run a line of `--file`, and what is there not run again:
+Series of short runs (`recipes.trial`), each run a line of `--file`, and what is there not run again:
 
 - `--part sizes`: models of several sizes, each on `--tokens-per-parameter` times its parameters. A law is fitted to all but the largest
   (`train.laws`: the one that foretells the next best), what the largest will come to is written down with its 95 % interval *before* it is
   run, and then it is run.
 - `--part widths`: one depth, several widths, a grid of learning rates, under each rule of `train.transfer`. Where a rule transfers, the
   best rate is the same at every width; from the `constant` rule's best rates follows the exponent that would.
+- `--part batches`, `--part decays`: the same grid with rows a step, or weight decay, in the place of the learning rate, which is
+  `--rate`, and goes with the root of the batch (Malladi et al. 2022, arXiv:2205.10287).
+- `--part tokens`: the sizes of the ladder at equal computation, 6 x parameters x tokens, for several budgets. From the best size of each
+  budget follows how parameters and tokens should grow (Hoffmann et al. 2022, arXiv:2203.15556, approach 2).
 
     python -m recipes.scaling --part sizes
     python -m recipes.scaling --part widths --rules constant mup --optimizer muon
+    python -m recipes.scaling --part batches --rules mup --rate 1e-2
     python -m recipes.scaling --table-only
 """
 
@@ -31,19 +36,20 @@ from recipes.ablate import nested
 from recipes.command_line import RecipeConfig, fail
 from recipes.running import ENDS_IN_WORDS
 from recipes.trial import Material, append_line, changed, machine, material, read_lines, run_trial, settings_digest
-from train.laws import chosen, foretold
+from train.laws import chosen, exponent, foretold, valley
 from train.logs import plain_messages, progress
 from train.runtime import choose_device, compilation_cache
 from train.transfer import RuleName, changes, transferred
 
 HEAD = 32  # width of a head at every size
-PartName = Literal["sizes", "widths"]
+PartName = Literal["sizes", "widths", "batches", "decays", "tokens"]
+VARIED = {"widths": "rate", "batches": "batch", "decays": "decay"}  # by the part: what a grid over widths varies
 
 
 class Config(RecipeConfig):
     """Which runs."""
 
-    part: PartName = Field("sizes", description="the ladder of sizes, or of widths with a grid of learning rates")
+    part: PartName = Field("sizes", description="the ladder of sizes; widths with a grid of something; sizes at equal computation")
     sizes: tuple[str, ...] = Field(
         ("64x2", "96x3", "128x4", "192x4", "256x6"), min_length=3, description="width x layers of each size, the largest last"
     )
@@ -54,6 +60,10 @@ class Config(RecipeConfig):
     rates: tuple[float, ...] = Field(
         (1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2), min_length=3, description="peak learning rates at the base, each tried at every width"
     )
+    rate: float = Field(1e-2, gt=0, description="batches and decays: peak learning rate at the base's width and --batch")
+    batches: tuple[int, ...] = Field((2, 4, 8, 16, 32), min_length=3, description="rows a step, each tried at every width")
+    decays: tuple[float, ...] = Field((0.025, 0.05, 0.1, 0.2, 0.4), min_length=3, description="weight decays, each tried at every width")
+    budgets: tuple[float, ...] = Field((2e12, 6e12, 1.8e13), min_length=2, description="tokens: 6 x parameters x tokens of a run")
     rules: tuple[RuleName, ...] = Field(("constant", "mup"), min_length=1, description="rules of train.transfer")
     exponent: float | None = Field(None, description="of the learning rate in mup, where it was measured; None: the theory's")
     layers: int = Field(4, ge=1, description="widths: layers of every model")
@@ -99,14 +109,19 @@ def main(config: Config) -> dict[str, Any]:
     plain = experiment(config, config.widths[0], 1)
     facts = machine(plain, device)
     text = material(plain)
-    found = sizes(config, text, facts) if config.part == "sizes" else widths(config, text, facts)
-    said = scaling_table.words_of_sizes(found) if config.part == "sizes" else scaling_table.words_of_widths(found)
+    if config.part == "sizes":
+        found, (words, draw) = sizes(config, text, facts), (scaling_table.words_of_sizes, scaling_table.draw_sizes)
+    elif config.part == "tokens":
+        found, (words, draw) = tokens(config, text, facts), (scaling_table.words_of_tokens, scaling_table.draw_tokens)
+    else:
+        found, (words, draw) = grid(config, text, facts), (scaling_table.words_of_grid, scaling_table.draw_grid)
+    said = words(found)
     Console().print(said, markup=False, highlight=False, soft_wrap=True)
     picture = config.picture
     if picture is None and config.page is not None:
         picture = config.page.parent / "images" / f"scaling_{config.part}.png"
     if picture is not None:
-        (scaling_table.draw_sizes if config.part == "sizes" else scaling_table.draw_widths)(found, picture)
+        draw(found, picture)
     if config.page is not None:
         scaling_table.put(said, config.part, config.page, picture)
     return found
@@ -190,66 +205,84 @@ def parameters(rung: speedrun.Experiment, text: Material) -> int:
     return int(skeleton.n_params)
 
 
+# ------------------------------------------------------------------------------------------- tokens
+
+
+def tokens(config: Config, text: Material, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Every size at every budget, the best size of each budget, and how it grows."""
+    asked, counted = [], {}
+    for size in config.sizes:
+        width, layers = map(int, size.split("x"))
+        rung = experiment(config, width, layers)
+        counted[size] = parameters(rung, text)
+        for budget in config.budgets:
+            run = rung.model_copy(update={"steps": max(1, round(budget / (6 * counted[size] * rung.batch * rung.seq)))})
+            asked.append((("size", size, f"{budget:.1e}"), run, {"size": size, "budget": budget}))
+    lines = carried_out(config, asked, text, facts)
+    courses = {budget: _means([line for line in lines if line["budget"] == budget], "parameters") for budget in config.budgets}
+    best = {budget: valley(list(each), list(each.values())) for budget, each in courses.items() if len(each) >= 3}
+    return {
+        "lines": lines,
+        "parameters": counted,
+        "budgets": [budget for budget in config.budgets if courses[budget]],
+        "courses": courses,
+        "best": best,
+        "exponent": exponent(best) if len(best) > 1 else None,
+        "corpus": text.source.name,
+    }
+
+
 # ------------------------------------------------------------------------------------------- widths
 
 
-def widths(config: Config, text: Material, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Losses over the grid of each rule, the best rate of each width, and the exponent that follows."""
+def grid(config: Config, text: Material, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Losses over the grid of each rule, the best value of each width, and the exponent that follows."""
+    varied = VARIED[config.part]
+    values: tuple[float, ...] = {"rate": config.rates, "batch": config.batches, "decay": config.decays}[varied]
     asked = []
     for rule in config.rules:
         for width in config.widths:
-            for rate in config.rates:
-                told = {"rule": rule, "width": width, "rate": rate}
-                asked.append((("width", rule, width, rate), widened(config, rule, width, rate), told))
+            for value in values:
+                told = {"rule": rule, "width": width, "value": value}
+                asked.append(((varied, rule, width, value), widened(config, rule, width, value), told))
     lines = carried_out(config, asked, text, facts)
     best: dict[str, dict[int, float]] = {}
     for rule in config.rules:
         for width in config.widths:
-            course = {rate: np.mean(each) for rate in config.rates if (each := of_grid(lines, rule, width, rate))}
+            course = _means([line for line in lines if (line["rule"], line["width"]) == (rule, width)], "value")
             if len(course) >= 3:
-                best.setdefault(rule, {})[width] = best_rate(list(course), list(map(float, course.values())))
+                best.setdefault(rule, {})[width] = valley(list(course), list(course.values()))
     return {
         "lines": lines,
+        "varied": varied,
         "rules": [rule for rule in config.rules if any(line["rule"] == rule for line in lines)],
         "widths": list(config.widths),
-        "rates": list(config.rates),
         "best": best,
-        "exponents": {rule: slope(found) for rule, found in best.items() if len(found) > 1},
+        "exponents": {rule: exponent(found) for rule, found in best.items() if len(found) > 1},
         "optimizer": config.optimizer,
         "corpus": text.source.name,
     }
 
 
-def widened(config: Config, rule: RuleName, width: int, rate: float) -> speedrun.Experiment:
-    """The base at another width, as the rule says."""
-    plain = experiment(config, width, config.layers)
+def widened(config: Config, rule: RuleName, width: int, value: float) -> speedrun.Experiment:
+    """The base at another width, as the rule says, with this value of what the part varies."""
+    plain, varied = experiment(config, width, config.layers), VARIED[config.part]
     found = transferred(rule, config.optimizer, width, config.widths[0], config.exponent)
-    other = changes(found, init_std=plain.init_std, weight_decay=plain.optimizer.weight_decay) if rule != "constant" else {}
-    steps = max(1, config.tokens // (config.batch * config.seq))
-    return changed(plain, {**other, "schedule": {"peak": rate}, "steps": steps})
+    decay = value if varied == "decay" else plain.optimizer.weight_decay
+    batch = int(value) if varied == "batch" else config.batch
+    rate = value if varied == "rate" else config.rate * (batch / config.batch) ** 0.5
+    settings: dict[str, Any] = {"optimizer": {"weight_decay": decay}}
+    if rule != "constant":
+        settings = changes(found, init_std=plain.init_std, weight_decay=decay)
+    return changed(plain, {**settings, "schedule": {"peak": rate}, "batch": batch, "steps": max(1, config.tokens // (batch * config.seq))})
 
 
-def of_grid(lines: Sequence[Mapping[str, Any]], rule: str, width: int, rate: float) -> list[float]:
-    """The figures of all seeds at one place."""
-    return [line["bits_per_byte"] for line in lines if (line["rule"], line["width"], line["rate"]) == (rule, width, rate)]
-
-
-def best_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
-    """The lowest point of the parabola in log rate through the best and its two neighbours; the best itself where it stands at an end, or
-    where the three make no valley."""
-    order = np.argsort(rates)
-    x, y = np.log(np.asarray(rates, float)[order]), np.asarray(losses, float)[order]
-    i = int(np.argmin(y))
-    if i in (0, len(y) - 1):
-        return float(np.exp(x[i]))
-    a, b, _ = np.polyfit(x[i - 1 : i + 2], y[i - 1 : i + 2], 2)
-    return float(np.exp(-b / (2 * a))) if a > 0 else float(np.exp(x[i]))
-
-
-def slope(best: Mapping[int, float]) -> float:
-    """p in best rate ~ width⁻ᵖ, by least squares in logarithms."""
-    x, y = np.log(np.array(list(best))), np.log(np.array(list(best.values())))
-    return float(-np.polyfit(x, y, 1)[0])
+def _means(lines: Sequence[Mapping[str, Any]], name: str) -> dict[float, float]:
+    """Mean bits per byte over seeds, by the value of `name`."""
+    found: dict[float, list[float]] = {}
+    for line in lines:
+        found.setdefault(line[name], []).append(line["bits_per_byte"])
+    return {value: float(np.mean(each)) for value, each in found.items()}
 
 
 # ------------------------------------------------------------------------------------------- runs

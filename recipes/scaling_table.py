@@ -9,6 +9,15 @@ import numpy as np
 from recipes import ablate_table
 from recipes.trial import machines
 
+TITLES = {
+    "sizes": "Loss over size",
+    "widths": "Loss over learning rate",
+    "batches": "Loss over batch",
+    "decays": "Loss over weight decay",
+    "tokens": "Loss over size at equal computation",
+}
+VALUES = {"rate": "peak rate", "batch": "batch, in rows,", "decay": "weight decay"}
+
 
 def marks(part: str) -> tuple[str, str]:
     return tuple(f"<!-- the table of recipes.scaling, {part}, {end} -->" for end in ("begins", "ends"))  # type: ignore[return-value]
@@ -16,7 +25,7 @@ def marks(part: str) -> tuple[str, str]:
 
 def put(said: str, part: str, page: Path, picture: Path | None) -> None:
     """Put a table between its marks on the page."""
-    ablate_table.put(said, page, picture, marks=marks(part), words={"sizes": "Loss over size", "widths": "Loss over learning rate"}[part])
+    ablate_table.put(said, page, picture, marks=marks(part), words=TITLES[part])
 
 
 def words_of_sizes(found: Mapping[str, Any]) -> str:
@@ -46,11 +55,11 @@ def words_of_sizes(found: Mapping[str, Any]) -> str:
     return "\n".join([head, "", *rows, "", foretelling + verdict])
 
 
-def words_of_widths(found: Mapping[str, Any]) -> str:
-    """The best rate at each width under each rule."""
-    lines = found["lines"]
+def words_of_grid(found: Mapping[str, Any]) -> str:
+    """The best value at each width under each rule."""
+    lines, varied = found["lines"], found["varied"]
     rows = [
-        "| rule | " + " | ".join(f"width {width}" for width in found["widths"]) + " | best rate ~ width^ |",
+        "| rule | " + " | ".join(f"width {width}" for width in found["widths"]) + f" | best {varied} ~ width^ |",
         "|---|" + "---|" * (len(found["widths"]) + 1),
     ]
     for rule in found["rules"]:
@@ -58,14 +67,36 @@ def words_of_widths(found: Mapping[str, Any]) -> str:
         cells = []
         for width in found["widths"]:
             here = [line["bits_per_byte"] for line in lines if (line["rule"], line["width"]) == (rule, width)]
-            cells.append(f"{best[width]:.2e} ({min(here):.4f})" if width in best else "not known")
+            cells.append(f"{best[width]:.3g} ({min(here):.4f})" if width in best else "not known")
         power = found["exponents"].get(rule)
-        rows.append(f"| {rule} | {' | '.join(cells)} | {'not known' if power is None else f'{-power:+.2f}'} |")
+        rows.append(f"| {rule} | {' | '.join(cells)} | {'not known' if power is None else f'{power:+.2f}'} |")
     head = (
         f"Measured on {machines(lines)}: {found['corpus']}, {lines[0]['tokens']:,} tokens a run, optimizer "
-        f"{found['optimizer']}. Best peak rate, as it would be at the base's width, and the best bits per byte of the grid."
+        f"{found['optimizer']}. Best {VALUES[varied]} as it would be at the base's width, and the best bits per byte of the grid."
     )
     return "\n".join([head, "", *rows])
+
+
+def words_of_tokens(found: Mapping[str, Any]) -> str:
+    """Bits per byte of each size at each budget, the best size of a budget, and how it grows."""
+    counted = found["parameters"]
+    sizes = sorted(counted, key=lambda size: counted[size])
+    rows = [
+        "| 6ND | " + " | ".join(f"{size} ({counted[size]:,})" for size in sizes) + " | best N | D | D / N |",
+        "|---|" + "---|" * (len(sizes) + 3),
+    ]
+    for budget in found["budgets"]:
+        course, best = found["courses"][budget], found["best"].get(budget)
+        cells = [f"{course[counted[size]]:.4f}" if counted[size] in course else "" for size in sizes]
+        ends = ["not known"] * 3
+        if best is not None:
+            tokens = budget / (6 * best)
+            at_end = best <= min(course) or best >= max(course)
+            ends = [f"{best:,.0f}{', the end of the ladder' if at_end else ''}", f"{tokens:,.0f}", f"{tokens / best:.2f}"]
+        rows.append(f"| {budget:.1e} | {' | '.join([*cells, *ends])} |")
+    power = found["exponent"]
+    grows = "" if power is None else f" The best N grows as the budget to the power {power:.2f}, its tokens to the power {1 - power:.2f}."
+    return "\n".join([f"Measured on {machines(found['lines'])}: {found['corpus']}.{grows}", "", *rows])
 
 
 def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any, Any]:
@@ -104,22 +135,35 @@ def draw_sizes(found: Mapping[str, Any], path: Path) -> None:
     _finish(plt, figure, [axis], path)
 
 
-def draw_widths(found: Mapping[str, Any], path: Path) -> None:
-    """Bits per byte over the learning rate, a line a width, a panel a rule."""
+def draw_grid(found: Mapping[str, Any], path: Path) -> None:
+    """Bits per byte over what was varied, a line a width, a panel a rule."""
     plt, figure, axes = _figure(4.2 * len(found["rules"]), 3.6, len(found["rules"]))
     for axis, rule in zip(axes, found["rules"], strict=True):
         for width in found["widths"]:
             course: dict[float, list[float]] = {}
             for line in found["lines"]:
                 if (line["rule"], line["width"]) == (rule, width):
-                    course.setdefault(line["rate"], []).append(line["bits_per_byte"])
-            rates = sorted(course)
-            axis.plot(rates, [np.mean(course[rate]) for rate in rates], "o-", markersize=3, linewidth=1, label=f"width {width}")
-        axis.set(xscale="log", xlabel="peak learning rate at the base's width", title=rule)
+                    course.setdefault(line["value"], []).append(line["bits_per_byte"])
+            values = sorted(course)
+            axis.plot(values, [np.mean(course[value]) for value in values], "o-", markersize=3, linewidth=1, label=f"width {width}")
+        axis.set(xscale="log", xlabel=f"{VALUES[found['varied']]} at the base's width", title=rule)
     axes[0].set_ylabel("bits per byte, held out")
     bits = [line["bits_per_byte"] for line in found["lines"]]
     axes[0].set_ylim(min(bits) - 0.02, min(bits) + 3 * (np.median(bits) - min(bits)) + 0.05)
     _finish(plt, figure, axes, path)
+
+
+def draw_tokens(found: Mapping[str, Any], path: Path) -> None:
+    """Bits per byte over parameters, a line a budget, and the best size of each."""
+    plt, figure, (axis,) = _figure(6.4, 3.8)
+    for budget in found["budgets"]:
+        course = found["courses"][budget]
+        sizes = sorted(course)
+        (line,) = axis.plot(sizes, [course[n] for n in sizes], "o-", markersize=3, linewidth=1, label=f"6ND = {budget:.1e}")
+        if budget in found["best"]:
+            axis.axvline(found["best"][budget], color=line.get_color(), linewidth=0.8, linestyle=":")
+    axis.set(xscale="log", xlabel="parameters (dotted: the best)", ylabel="bits per byte, held out")
+    _finish(plt, figure, [axis], path)
 
 
 def _finish(plt: Any, figure: Any, axes: Any, path: Path) -> None:

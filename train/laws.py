@@ -6,7 +6,7 @@
 For a given a both are linear in the rest, so least squares needs a search over a alone: a grid, then a finer one around its best place.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -116,3 +116,21 @@ def foretold(law: Law, sizes: Sequence[float], losses: Sequence[float], size: fl
     found = floor + scale * size**-exponent + drawn[:, -1]
     low, high = np.percentile(found, [2.5, 97.5])
     return Estimate(value, float(low), float(high), len(n), f"bootstrap of residuals, {RESAMPLES} draws")
+
+
+def valley(places: Sequence[float], losses: Sequence[float]) -> float:
+    """Where a loss over a learning rate, a batch or a size is least: the bottom of the parabola, in the logarithm of the place, through the
+    best one and its two neighbours; the best itself where it stands at an end, or where the three make no valley."""
+    order = np.argsort(places)
+    x, y = np.log(np.asarray(places, float)[order]), np.asarray(losses, float)[order]
+    i = int(np.argmin(y))
+    if i in (0, len(y) - 1):
+        return float(np.exp(x[i]))
+    a, b, _ = np.polyfit(x[i - 1 : i + 2], y[i - 1 : i + 2], 2)
+    return float(np.exp(-b / (2 * a))) if a > 0 else float(np.exp(x[i]))
+
+
+def exponent(best: Mapping[int, float] | Mapping[float, float]) -> float:
+    """p in best ~ sizeᵖ, by least squares in logarithms."""
+    x, y = np.log(np.array(list(best))), np.log(np.array(list(best.values())))
+    return float(np.polyfit(x, y, 1)[0])

@@ -4,20 +4,11 @@ import numpy as np
 import pytest
 
 from recipes import scaling
-from recipes.scaling import Config, best_rate, main, slope, widened
+from recipes.scaling import Config, main, widened
 from recipes.scaling_table import marks
 from recipes.trial import Trial, read_lines
 
 WORDS = ["the", "of", "and", "to", "in", "is", "that", "it", "was", "for", "on", "are", "with", "his", "they", "hot", "word", "what"]
-
-
-def test_the_best_rate_is_the_bottom_of_the_valley():
-    """(log₂ rate - 0.3)² has its bottom at 2^0.3, whatever three points of it are known; at an end there is no valley."""
-    rates = [2.0**k for k in (-2, -1, 0, 1, 2)]
-    assert best_rate(rates, [(k - 0.3) ** 2 for k in (-2, -1, 0, 1, 2)]) == pytest.approx(2**0.3)
-    assert best_rate(rates[::-1], [(k - 0.3) ** 2 for k in (2, 1, 0, -1, -2)]) == pytest.approx(2**0.3)
-    assert best_rate(rates, [1, 2, 3, 4, 5]) == pytest.approx(0.25)
-    assert slope({64: 0.02, 256: 0.01, 1024: 0.005}) == pytest.approx(0.5)
 
 
 def test_a_wider_run_is_the_base_as_the_rule_says():
@@ -29,6 +20,16 @@ def test_a_wider_run_is_the_base_as_the_rule_says():
     assert wide.optimizer.weight_decay == 0.2
     assert (wide.n_heads, wide.d_ff) == (8, 688)
     assert widened(config, "constant", 256, 0.004).optimizer.learning_rate_of == {}
+
+
+def test_a_grid_of_batches_takes_the_rate_along_and_one_of_decays_leaves_it():
+    """The same tokens: 8192 / (64 · 16) = 8 steps of four times the batch, at twice the rate."""
+    how = {"widths": (64, 256), "optimizer": "muon", "tokens": 8192, "seq": 64, "batch": 4, "rate": 0.004}
+    batch = widened(Config(part="batches", **how), "mup", 256, 16)
+    assert (batch.batch, batch.steps, batch.schedule.peak, batch.optimizer.weight_decay) == (16, 8, 0.008, 0.2)
+    decay = widened(Config(part="decays", **how), "mup", 256, 0.05)
+    assert (decay.batch, decay.schedule.peak, decay.optimizer.weight_decay) == (4, 0.004, 0.1)
+    assert widened(Config(part="decays", **how), "constant", 256, 0.05).optimizer.weight_decay == 0.05
 
 
 @pytest.mark.parametrize(
@@ -93,9 +94,31 @@ def test_the_exponent_follows_from_the_best_rates_of_a_grid(texts, tmp_path, mon
     how = {"data": texts, "vocab": 300, "seq": 32, "batch": 2, "file": tmp_path / "it.jsonl", "page": page}
     config = Config(part="widths", widths=(64, 128, 256), rates=(1e-3, 2e-3, 4e-3, 8e-3), layers=1, tokens=128, **how)
     found = main(config)
-    assert found["exponents"] == {"constant": pytest.approx(0.5, abs=0.01), "mup": pytest.approx(0.0, abs=0.01)}
-    assert "| constant | 4.00e-03 (" in page.read_text()
+    assert found["exponents"] == {"constant": pytest.approx(-0.5, abs=0.01), "mup": pytest.approx(0.0, abs=0.01)}
+    assert "| constant | 0.004 (" in page.read_text()
     assert (tmp_path / "images" / "scaling_widths.png").exists()
+
+
+def test_at_equal_computation_the_best_size_of_each_budget_is_found(texts, tmp_path, monkeypatch):
+    """Losses that are least at √budget / 40 parameters: the exponent is a half, and tokens a parameter follow from 6ND."""
+
+    def law(experiment, n):
+        budget = 6 * n * experiment.steps * experiment.batch * experiment.seq
+        return 2 + 0.1 * np.log(n / (budget**0.5 / 40)) ** 2
+
+    monkeypatch.setattr(scaling, "run_trial", fake(law))
+    page = tmp_path / "page.md"
+    page.write_text("\n".join(marks("tokens")))
+    sizes = ("32x1", "64x1", "96x1", "96x3", "160x3")  # 0.02 to 1 M parameters
+    config = Config(part="tokens", sizes=sizes, budgets=(4e12, 1.6e13, 6.4e13), data=texts, vocab=300, seq=32, batch=2,
+                    file=tmp_path / "it.jsonl", page=page)  # fmt: skip
+    found = main(config)
+    assert found["best"] == {budget: pytest.approx(budget**0.5 / 40, rel=0.02) for budget in config.budgets}
+    assert found["exponent"] == pytest.approx(0.5, abs=0.02)
+    n = found["best"][4e12]
+    assert f"| {4e12 / (6 * n) / n:.2f} |" in page.read_text()
+    assert "to the power 0.50" in page.read_text()
+    assert (tmp_path / "images" / "scaling_tokens.png").exists()
 
 
 @pytest.mark.heavy

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from train.laws import Law, chosen, fit, foretold
+from train.laws import Law, chosen, exponent, fit, foretold, valley
 
 SIZES = [1e5, 2e5, 5e5, 1e6]
 
@@ -48,3 +48,12 @@ def test_too_few_sizes_are_refused_and_too_few_runs_give_no_interval():
         fit([1e5, 1e5, 2e5], [2.0, 2.0, 1.9])
     told = foretold(fit(SIZES[:3], [2.0, 1.9, 1.8]), SIZES[:3], [2.0, 1.9, 1.8], 1e6)
     assert (told.low, told.interval) == (None, "none: 3 runs for 3 numbers")
+
+
+def test_the_best_place_is_the_bottom_of_the_valley():
+    """(log₂ x - 0.3)² has its bottom at 2^0.3, whatever three points of it are known; at an end there is no valley."""
+    places = [2.0**k for k in (-2, -1, 0, 1, 2)]
+    assert valley(places, [(k - 0.3) ** 2 for k in (-2, -1, 0, 1, 2)]) == pytest.approx(2**0.3)
+    assert valley(places[::-1], [(k - 0.3) ** 2 for k in (2, 1, 0, -1, -2)]) == pytest.approx(2**0.3)
+    assert valley(places, [1, 2, 3, 4, 5]) == pytest.approx(0.25)
+    assert exponent({64: 0.02, 256: 0.01, 1024: 0.005}) == pytest.approx(-0.5)
