@@ -69,12 +69,12 @@ SWITCHES: dict[str, Changes] = {
     "softcap_15": lambda c: {"logit_softcap": 15.0},
     "softcap_30": lambda c: {"logit_softcap": 30.0},
     "window": lambda c: {"window": max(1, c.seq // 4), "window_pattern": "SSSL"},
-    # the optimizer
-    "adamw": _optimizer(name="adamw"),
-    "lion": _optimizer(name="lion"),
+    # the optimizer, each at a learning rate usual for it beside Muon's 5e-3
+    "adamw": lambda c: {"optimizer": {"name": "adamw"}, "schedule": {"peak": c.schedule.peak / 3}},
+    "lion": lambda c: {"optimizer": {"name": "lion"}, "schedule": {"peak": c.schedule.peak / 10}},
     "normuon": _optimizer(name="normuon"),
-    "soap": _optimizer(name="soap"),
-    "schedule_free": lambda c: {"optimizer": {"name": "schedule_free"}, "schedule": {"shape": "constant"}},
+    "soap": lambda c: {"optimizer": {"name": "soap"}, "schedule": {"peak": c.schedule.peak * 3 / 5}},
+    "schedule_free": lambda c: {"optimizer": {"name": "schedule_free"}, "schedule": {"shape": "constant", "peak": c.schedule.peak / 2}},
     "cautious": _optimizer(cautious=True),
     "no_decay": _optimizer(weight_decay=0.0),
     "decay_double": lambda c: {"optimizer": {"weight_decay": 2 * c.optimizer.weight_decay}},

@@ -6,6 +6,7 @@ from a file of preferences. A tenth of the prompts is held out; on them margins 
 a task pass@1 as well.
 
     python -m recipes.dpo runs/grpo_arithmetic-…/start                             # the model that imitation left behind
+    python -m recipes.dpo runs/grpo_arithmetic-…/start --problems 8000 --preference.loss orpo --schedule.peak 1e-3
     python -m recipes.dpo runs/sft_chat-… --data preferences.json.gz --preference.loss simpo --preference.beta 2
     python -m recipes.dpo --resume
 
