@@ -30,22 +30,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import equinox as eqx
 from pydantic import Field
 
-import lm
 from data.tasks import gsm8k
 from data.tasks.problems import Task
-from lm.digests import digest
 from recipes.command_line import claimed, fail, parse, resumable
-from recipes.loading import load
-from recipes.reinforcement import RL_ENDS_IN_WORDS, RLConfig, drawing_for, reinforce
-from recipes.rl_report import show
-from recipes.rl_stages import keep_model
-from recipes.running import check_start, save_config
+from recipes.reinforcement import RL_ENDS_IN_WORDS, RLConfig, reinforce_loaded
+from recipes.running import check_start
 from train.logs import plain_messages, words_kept
 from train.optimizers import OptimizerConfig
-from train.rollout_view import draw_learning
 from train.runtime import choose_device, compilation_cache
 from train.step import StepConfig
 
@@ -110,22 +103,7 @@ def run(config: Config, folder: Path) -> None:
     device = choose_device(config.device)
     compilation_cache()
     check_start(config, folder)
-    task = config.task
-
-    # The model to begin from is kept in start/, in fp32: it may have come from the Hub, and the KL refers to it.
-    start = folder / "start"
-    model, tokenizer, origin = load(start if start.is_dir() else config.model)
-    given = digest(eqx.filter(model, eqx.is_array))
-    drawing = drawing_for(config, task, model, tokenizer, device, origin)
-    if not config.resume:
-        save_config(config, folder)
-    if not start.is_dir():
-        keep_model(model, tokenizer, start)
-    model = lm.load_pretrained(start)
-
-    results = reinforce(config, folder, model, given, drawing, device, "grpo_gsm8k")
-    draw_learning(folder, title=f"{task.name}: {config.algorithm}, seed {config.seed}")
-    show(results)
+    reinforce_loaded(config, folder, config.model, config.task, device, "grpo_gsm8k")
 
 
 if __name__ == "__main__":

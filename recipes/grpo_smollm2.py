@@ -18,20 +18,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
-import equinox as eqx
 from pydantic import Field
 
-import lm
 from data.tasks import TASKS
-from lm.digests import digest
 from recipes.command_line import claimed, fail, parse, resumable
-from recipes.loading import load
-from recipes.reinforcement import RL_ENDS_IN_WORDS, RLConfig, drawing_for, reinforce
-from recipes.rl_report import show
-from recipes.rl_stages import keep_model
-from recipes.running import check_start, save_config
+from recipes.reinforcement import RL_ENDS_IN_WORDS, RLConfig, reinforce_loaded
+from recipes.running import check_start
 from train.logs import plain_messages, words_kept
-from train.rollout_view import draw_learning
 from train.runtime import choose_device, compilation_cache
 
 GAP_LIMIT = (
@@ -78,24 +71,8 @@ def run(config: Config, folder: Path) -> None:
     compilation_cache()
     check_start(config, folder)
 
-    # The task, and the model to begin from, which is kept in start/: it may have come from the Hub, and a KL refers to it.
     task = TASKS[config.task]().weighted(config.reward_weights)
-    start = folder / "start"
-    model, tokenizer, origin = load(start if start.is_dir() else config.model)
-    given = digest(eqx.filter(model, eqx.is_array))
-    drawing = drawing_for(config, task, model, tokenizer, device, origin)
-    if config.gap_limit is None and drawing.flight.dtype == "float32":
-        config = config.model_copy(update={"gap_limit": GAP_LIMIT})
-    if not config.resume:
-        save_config(config, folder)
-    if not start.is_dir():
-        keep_model(model, tokenizer, start)
-    model = lm.load_pretrained(start)
-
-    # Reinforcement.
-    results = reinforce(config, folder, model, given, drawing, device, "grpo_smollm2")
-    draw_learning(folder, title=f"{task.name}: {config.algorithm}, seed {config.seed}")
-    show(results)
+    reinforce_loaded(config, folder, config.model, task, device, "grpo_smollm2", fp32_gap=GAP_LIMIT)
 
 
 if __name__ == "__main__":

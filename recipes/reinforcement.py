@@ -18,15 +18,17 @@ import numpy as np
 from loguru import logger
 from pydantic import Field, field_validator, model_validator
 
+import lm
 from data.tasks.problems import RewardError, Task, in_order, pass_at_k
 from data.tokenizer import Tokenizer
 from lm.base import AbstractLM
 from lm.digests import digest
 from lm.generate import Sampler
 from recipes.command_line import how_to_resume, resumable
+from recipes.loading import load
 from recipes.prompting import Prompting
-from recipes.rl_report import Clock, json_safe, nothing_learned, of_updates, summary
-from recipes.rl_stages import Drawing, measured_gap_limit, pass_metrics
+from recipes.rl_report import Clock, json_safe, nothing_learned, of_updates, show, summary
+from recipes.rl_stages import Drawing, keep_model, measured_gap_limit, pass_metrics
 from recipes.running import (
     ENDS_IN_WORDS,
     RunConfig,
@@ -50,7 +52,7 @@ from train.optimizers import OptimizerConfig, build_optimizer
 from train.policy import ALGORITHMS, Algorithm, policy_objective
 from train.publish import export
 from train.rl import GapError, check_gap, describe, make_log_probs, parts_of, policy_batch
-from train.rollout_view import keep_rollouts
+from train.rollout_view import draw_learning, keep_rollouts
 from train.runtime import device_facts, peak_flops
 from train.step import StepConfig, TrainState, init_state, make_step
 
@@ -323,3 +325,25 @@ def reinforce(
     export(state.model, tokenizer, folder / "export", manifest=json_safe(manifest), results=results)
     write_json(folder / "results.json", results)
     return results
+
+
+def reinforce_loaded(
+    config: RLConfig, folder: Path, source: Path, task: Task, device: jax.Device, recipe: str, *, fp32_gap: float | None = None
+) -> None:
+    """A model that exists, from its start to the report. It is kept in `start/`, in fp32: it may have come from the Hub, and a KL refers to
+    it. `fp32_gap`: the limit of the gap in float32 where none is set; `None`: that of `measured_gap_limit`."""
+    start = folder / "start"
+    model, tokenizer, origin = load(start if start.is_dir() else source)
+    given = digest(eqx.filter(model, eqx.is_array))
+    drawing = drawing_for(config, task, model, tokenizer, device, origin)
+    if config.gap_limit is None and drawing.flight.dtype == "float32":
+        config = config.model_copy(update={"gap_limit": fp32_gap})
+    if not config.resume:
+        save_config(config, folder)
+    if not start.is_dir():
+        keep_model(model, tokenizer, start)
+    model = lm.load_pretrained(start)
+
+    results = reinforce(config, folder, model, given, drawing, device, recipe)
+    draw_learning(folder, title=f"{task.name}: {config.algorithm}, seed {config.seed}")
+    show(results)

@@ -17,7 +17,7 @@ from train.gpus import CARDS
 def flags(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tiny_config("qwen3", n_layers=1).to_hf()))
     return ["--target", "cpu", "--width", "7", "--model", str(tmp_path), "--prompts", "3", "--n", "4", "--max-new-tokens", "5",
-            "--step.micro-batches", "2", "--remat", "none"]  # fmt: skip
+            "--step.micro-batches", "2", "--remat", "none", "--dtype", "float32"]  # fmt: skip
 
 
 def test_flags_of_the_plan_and_of_the_recipe_go_their_ways():
