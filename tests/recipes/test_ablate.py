@@ -78,9 +78,9 @@ def test_every_switch_makes_an_experiment_that_can_be_and_differs_from_the_basel
     dumped = {name: run.model_dump_json() for name, run in runs.items()}
     assert len(set(dumped.values())) == len(dumped)
     assert {run.steps * run.batch * run.seq for name, run in runs.items() if name != "more_tokens"} == {98_304}
-    assert runs["more_tokens"].steps == 36  # half as many again of 24
+    assert runs["more_tokens"].steps == 72  # half as many again of 48
     both = experiments(Config(only=("relu2+batch_half",), tokens=100_000))["relu2+batch_half"]
-    assert (both.mlp, both.d_ff, both.batch, both.steps) == ("relu2", 1056, 4, 48)
+    assert (both.mlp, both.d_ff, both.batch, both.steps) == ("relu2", 528, 4, 97)
 
 
 def test_an_unknown_switch_and_an_unknown_value_are_refused_in_words():
