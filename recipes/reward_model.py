@@ -193,7 +193,8 @@ def run(config: Config, folder: Path) -> None:
     also = partial(write_head, learned.head)
     export(learned.base, tokenizer, folder / "export", manifest=manifest, results=results, also=also, note=NOTE)
     write_json(folder / "results.json", results)
-    plot_rewards(folder / "metrics.jsonl", folder / "rewards.png", title=f"reward model on {config.data or task.name}, {count:,} pairs")
+    pairs_of = task.name if config.data is None else config.data.name
+    plot_rewards(folder / "metrics.jsonl", folder / "rewards.png", title=f"reward model on {pairs_of}, {count:,} pairs")
     show(results, folder)
 
 

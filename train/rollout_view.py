@@ -164,9 +164,9 @@ def draw_learning(folder: str | os.PathLike[str], *, title: str) -> Path:
         looks = [line for line in told[name] if "pass@1" in line]
         if looks:
             minutes = [offset + line["minutes"] for line in looks]
-            above.plot(
-                minutes, [100 * line["pass@1"] for line in looks], color=colour, label=f"{label}, now {100 * looks[-1]['pass@1']:.1f}%"
-            )
+            shares = [100 * line["pass@1"] for line in looks]
+            few = "o" if len(looks) <= 12 else None  # a line alone would look as if it had been measured all along
+            above.plot(minutes, shares, marker=few, color=colour, label=f"{label}, now {shares[-1]:.1f}%")
             bounds = [[100 * line[f"pass@1_{end}"] for line in looks] for end in ("low", "high")]
             above.fill_between(minutes, *bounds, color=colour, alpha=0.2, linewidth=0)
     steps = [line for line in told["metrics"] if "reward" in line]
