@@ -38,6 +38,7 @@ from recipes.running import ENDS_IN_WORDS
 from recipes.trial import Material, append_line, changed, machine, material, read_lines, run_trial, settings_digest
 from train.logs import plain_messages, progress
 from train.runtime import choose_device, compilation_cache
+from train.transfer import MATRICES
 
 Changes = Callable[[speedrun.Experiment], dict[str, Any]]
 
@@ -51,6 +52,10 @@ def _schedule(**settings: Any) -> Changes:
 
 def _optimizer(**settings: Any) -> Changes:
     return lambda c: {"optimizer": settings}
+
+
+def _matrices(name: str, factor: float) -> Changes:
+    return _optimizer(name=name, learning_rate_of={} if factor == 1 else dict.fromkeys(MATRICES, factor))
 
 
 # What each changes. Steps follow from the tokens, which all have alike.
@@ -69,12 +74,12 @@ SWITCHES: dict[str, Changes] = {
     "softcap_15": lambda c: {"logit_softcap": 15.0},
     "softcap_30": lambda c: {"logit_softcap": 30.0},
     "window": lambda c: {"window": max(1, c.seq // 4), "window_pattern": "SSSL"},
-    # the optimizer, each at a learning rate usual for it beside Muon's 5e-3
-    "adamw": lambda c: {"optimizer": {"name": "adamw"}, "schedule": {"peak": c.schedule.peak / 3}},
-    "lion": lambda c: {"optimizer": {"name": "lion"}, "schedule": {"peak": c.schedule.peak / 10}},
-    "normuon": _optimizer(name="normuon"),
-    "soap": lambda c: {"optimizer": {"name": "soap"}, "schedule": {"peak": c.schedule.peak * 3 / 5}},
-    "schedule_free": lambda c: {"optimizer": {"name": "schedule_free"}, "schedule": {"shape": "constant", "peak": c.schedule.peak / 2}},
+    # the optimizer of the matrices, each at a rate usual for it beside Muon's; embedding, head and norms stay at the baseline's AdamW
+    "adamw": _matrices("adamw", 1 / 3),
+    "soap": _matrices("soap", 3 / 5),
+    "normuon": _matrices("normuon", 1.0),
+    "schedule_free": lambda c: _matrices("schedule_free", 1 / 3)(c) | {"schedule": {"shape": "constant"}},  # of all
+    "lion": _optimizer(name="lion"),  # of all; its signs are times 0.2 already
     "cautious": _optimizer(cautious=True),
     "no_decay": _optimizer(weight_decay=0.0),
     "decay_double": lambda c: {"optimizer": {"weight_decay": 2 * c.optimizer.weight_decay}},
@@ -82,6 +87,9 @@ SWITCHES: dict[str, Changes] = {
     "rate_half": lambda c: {"schedule": {"peak": c.schedule.peak / 2}},
     "rate_double": lambda c: {"schedule": {"peak": 2 * c.schedule.peak}},
     "embed_rate_third": _optimizer(learning_rate_of={"embed.weight": 0.3}),
+    "embed_rate_triple": _optimizer(learning_rate_of={"embed.weight": 3.0}),
+    "embed_rate_ten": _optimizer(learning_rate_of={"embed.weight": 10.0}),
+    "embed_rate_thirty": _optimizer(learning_rate_of={"embed.weight": 30.0}),
     "cosine": _schedule(shape="cosine"),
     "cooldown_20": _schedule(shape="wsd", decay=0.2),
     "cooldown_70": _schedule(shape="wsd", decay=0.7),
