@@ -12,8 +12,8 @@ and with a natural yardstick, since everybody can run `xz -9` on the same held-o
     python -m recipes.pretrain_small --resume              # go on with the latest run, exactly
 
 Sources of the settings: Muon and its 0.2 scale, Liu et al. 2025 (arXiv:2502.16982); linear decay to zero, Bergsma et al. 2025
-(arXiv:2502.15938); QK-norm, RMSNorm, SwiGLU and tied embeddings as in Qwen3 (arXiv:2505.09388). Learning rates are single guesses, not
-swept.
+(arXiv:2502.15938); QK-norm, RMSNorm, SwiGLU and tied embeddings as in Qwen3 (arXiv:2505.09388); ten times the learning rate for the
+embedding, measured (docs/ablations.md). The learning rate itself is a single guess, not swept.
 """
 
 import time
@@ -95,7 +95,7 @@ class Experiment(RunConfig):
     steps: int | None = resumable(None, ge=1, description="optimizer steps; None: as many as fit into --minutes, measured at the start")
     minutes: float = Field(8.0, gt=0, allow_inf_nan=False, description="minutes of training where --steps is not given")
     max_epochs: float = Field(6.0, gt=0, allow_inf_nan=False, description="passes over the corpus, at most, where --steps is not given")
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(embed_rate=10.0)
     schedule: ScheduleConfig = ScheduleConfig()
     average: AverageConfig = AverageConfig()
     step: StepConfig = StepConfig()

@@ -46,6 +46,9 @@ class OptimizerConfig(Settings):
     basis_every: int = Field(10, ge=1, description="soap: steps between looks at the directions it works in")
     weight_decay: float = Field(0.1, ge=0, description="pull of matrices in the blocks towards 0, times the learning rate, per step")
     cautious: bool = Field(False, description="weight decay only where the step, too, goes towards 0 (arXiv:2510.12402)")
+    embed_rate: float = Field(
+        1.0, ge=0, allow_inf_nan=False, description="factor on the learning rate of the embedding; tied, of the head too"
+    )
     learning_rate_of: dict[str, float] = Field({}, description="factors on the learning rate by role: embed.weight 0.3 'mlp.*' 2")
     weight_decay_of: dict[str, float] = Field({}, description="weight decay by role, in place of the general one: embed.weight 0.01")
     frozen: tuple[str, ...] = Field((), description="roles or paths that are not trained: embed.weight 'blocks/0/*'")
@@ -58,6 +61,11 @@ class OptimizerConfig(Settings):
         if self.name == "schedule_free" and self.beta1 == 0:
             raise ValueError("schedule_free needs beta1 above 0: the average could not be found from the weights")
         return self
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """All factors on the learning rate, by role."""
+        return ({} if self.embed_rate == 1 else {"embed.weight": self.embed_rate}) | self.learning_rate_of
 
 
 def build_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
@@ -84,7 +92,7 @@ def build_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtr
         "lion": optax.chain(optax.scale_by_lion(config.beta1, config.beta2), optax.scale(0.2)),
         "adafactor": optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), optax.scale(0.2)),
     }[config.name]
-    return optax.chain(direction, decay, times_learning_rate(config.learning_rate_of))
+    return optax.chain(direction, decay, times_learning_rate(config.rates))
 
 
 # ------------------------------------------------------------------------------------------- which leaf
@@ -188,7 +196,7 @@ def schedule_free(config: OptimizerConfig, decay: optax.GradientTransformation) 
     """
     beta = config.beta1
     second_moment = optax.scale_by_rms(config.beta2, config.eps, eps_in_sqrt=False, bias_correction=True)
-    direction = optax.chain(second_moment, decay, times_learning_rate(config.learning_rate_of))
+    direction = optax.chain(second_moment, decay, times_learning_rate(config.rates))
 
     def init(params: Any) -> ScheduleFreeState:
         # Copies: the state and the parameters are both given away to each step.

@@ -135,6 +135,22 @@ def test_a_factor_on_the_learning_rate_is_its_roles_own(name):
         np.testing.assert_allclose(leaf, factor * plain[path], rtol=1e-5, atol=1e-7, err_msg=path)
 
 
+@pytest.mark.parametrize("name", ["muon", "schedule_free"])
+def test_the_embeddings_rate_is_a_factor_of_its_own_that_roles_win_over(name):
+    params = tiny(**MODEL)
+    gradients = [random_like(params, seed) for seed in (1, 2)]
+
+    def updates(**settings):
+        (_, found), _ = directions(OptimizerConfig(name=name, **settings), params, gradients)
+        return leaves_by_path(found)
+
+    plain, ten, won_over = updates(), updates(embed_rate=10.0), updates(embed_rate=10.0, learning_rate_of={"embed.*": 2.0})
+    for path, leaf in plain.items():
+        embedding = path == "embed/weight"
+        np.testing.assert_allclose(ten[path], (10 if embedding else 1) * leaf, rtol=1e-4, atol=1e-6, err_msg=path)
+        np.testing.assert_allclose(won_over[path], (2 if embedding else 1) * leaf, rtol=1e-4, atol=1e-6, err_msg=path)
+
+
 @pytest.mark.parametrize("field", ["learning_rate_of", "weight_decay_of"])
 def test_a_role_that_is_not_there_is_an_error_that_lists_them(field):
     with pytest.raises(
