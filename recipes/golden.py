@@ -1,7 +1,7 @@
 """Make the reference curve of a recipe from its runs (`recipes.curves`).
 
     python -m recipes.golden runs/pretrain_small-A runs/pretrain_small-B runs/pretrain_small-C
-    python -m recipes.pretrain_small --steps 998                                # is watched from now on
+    python -m recipes.pretrain_small --steps 1082                               # is watched from now on
 
 The runs have the same settings on the same text; seeds may differ, and with three of them the curve serves any seed. The losses of every
 few steps are averaged, over the runs too. The tolerance is `--sigmas` times the spread of the runs, smoothed over neighbours, and at least
