@@ -134,7 +134,7 @@ def draw(found: Mapping[str, Mapping[str, Any]], path: Path) -> Path:
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(rows)), [name for name, _ in rows])
     axis.set_xlabel(
-        "bits per byte less (left) or more than the baseline;\nfilled: same tokens, 95 % over seeds; ring: same minutes, estimated"
+        "bits per byte less (left) or more than the baseline\nfilled: same tokens, 95 % over seeds\nring: same minutes, estimated"
     )
     axis.grid(axis="x", alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
