@@ -37,7 +37,15 @@ def place(tmp_path_factory):
 
 
 def asked(place, a, b, run_dir, **changes):
-    settings = {"data": str(place / "texts"), "whole": True, "documents": 6, "seq": 32, "batch": 4, "backend": "reference", "dtype": "float32"}
+    settings = {
+        "data": str(place / "texts"),
+        "whole": True,
+        "documents": 6,
+        "seq": 32,
+        "batch": 4,
+        "backend": "reference",
+        "dtype": "float32",
+    }
     return main(Config(a=place / a, b=place / b, run_dir=run_dir, **(settings | changes)))
 
 
