@@ -121,14 +121,15 @@ def _same(value: Any, said: ast.expr, source: str) -> bool:
 
 
 def flags_of(recipe: str) -> set[str]:
-    """The flags of a recipe, those of its nested configs by their first part."""
+    """The flags of a recipe, those of its nested configs by their first part; switches also with `no-`."""
     module = importlib.import_module(f"recipes.{recipe}")
     parsed = {"--config"} if hasattr(module, "parse") else set()  # `recipes.command_line.parse` knows it beside the fields
     parsed = parsed.union(*map(flags_of, getattr(module, "RECIPES", ())))  # `recipes.plan` takes those of the recipe that it is of
-    renamed = {
-        name: [mark.name for mark in field.metadata if getattr(mark, "name", None)] for name, field in module.Config.model_fields.items()
-    }
-    return {f"--{(other or [name])[0].replace('_', '-')}" for name, other in renamed.items()} | {"--help"} | parsed
+    fields = module.Config.model_fields
+    renamed = {name: [mark.name for mark in field.metadata if getattr(mark, "name", None)] for name, field in fields.items()}
+    names = {name: (other or [name])[0].replace("_", "-") for name, other in renamed.items()}
+    switches = {f"--no-{names[name]}" for name, field in fields.items() if field.annotation is bool}
+    return {f"--{name}" for name in names.values()} | switches | {"--help"} | parsed
 
 
 def unknown_flags(text: str) -> list[str]:

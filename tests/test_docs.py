@@ -113,4 +113,5 @@ def test_a_cell_that_is_not_true_is_named_with_its_page(code: str, words: str) -
 def test_flags_are_looked_for_where_they_are_used() -> None:
     page = "`--packing` and `--pakcing`\n```sh\nuv run python -m recipes.sample runs/x --packing pad --stop 'a'  # no --resume\n```\n"
     assert unknown_flags(page) == ["--pakcing", "--packing of sample"]
+    assert unknown_flags("`--no-control`, `--no-steps`") == ["--no-steps"]  # a switch, and a number
     assert blocks(page, "sh")
