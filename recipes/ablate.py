@@ -56,7 +56,7 @@ def _optimizer(**settings: Any) -> Changes:
 
 
 def _matrices(name: str, factor: float) -> Changes:
-    return _optimizer(name=name, learning_rate_of={} if factor == 1 else dict.fromkeys(MATRICES, factor))
+    return _optimizer(name=name, learning_rate_of=dict.fromkeys(MATRICES, factor))
 
 
 # What each changes. Steps follow from the tokens, which all have alike.
@@ -78,7 +78,7 @@ SWITCHES: dict[str, Changes] = {
     # the optimizer of the matrices, each at a rate usual for it beside Muon's; embedding, head and norms stay at the baseline's AdamW
     "adamw": _matrices("adamw", 1 / 3),
     "soap": _matrices("soap", 3 / 5),
-    "normuon": _matrices("normuon", 1.0),
+    "normuon": _optimizer(name="normuon"),
     "schedule_free": lambda c: _matrices("schedule_free", 1 / 3)(c) | {"schedule": {"shape": "constant"}},  # of all
     "lion": _optimizer(name="lion"),  # of all; its signs are times 0.2 already
     "cautious": _optimizer(cautious=True),

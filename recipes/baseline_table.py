@@ -38,7 +38,6 @@ def ratios(ours: Course, theirs: Course) -> list[tuple[float, float]]:
 def words(found: Mapping[str, Any]) -> str:
     """The grid, the best places, and the ratio of minutes."""
     lines = found["lines"]
-
     grid = [line for line in lines if line["budget"] == 1.0]
     rates, batches = sorted({line["rate"] for line in grid}), sorted({line["batch"] for line in grid})
     rows = ["| side | rows a step | " + " | ".join(f"rate {rate:g}" for rate in rates) + " |", "|---|---|" + "---|" * len(rates)]

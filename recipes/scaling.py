@@ -139,9 +139,8 @@ def experiment(config: Config, width: int, layers: int) -> speedrun.Experiment:
         d_ff=16 * round(width * 8 / 3 / 16),  # SwiGLU's two thirds of 4 widths
         seq=config.seq,
         batch=config.batch,
-        optimizer={"name": config.optimizer, "embed_rate": 10.0},  # as in pretrain_small
     )
-    return changed(base, nested(config.base))
+    return changed(changed(base, {"optimizer": {"name": config.optimizer}}), nested(config.base))  # the rest as in pretrain_small
 
 
 # ------------------------------------------------------------------------------------------- sizes
