@@ -7,7 +7,7 @@ end, and with `--table-only` at once, the lines of these very settings become a 
 
 - the difference to the baseline at the same tokens, paired by seed (same seed, same order of the text), with the 95 % interval of Student's
   law over the seeds;
-- seconds of training a token, in those of the baseline;
+- seconds a token, in those of the baseline: measured apart, the two in turns of some steps on one machine, the median of the rounds;
 - the difference at the same minutes: to the first is added what the baseline loses when it gets as many tokens fewer as the change is
   slower. It is an estimate, from the baseline with half as many tokens more (`more_tokens`).
 
@@ -18,15 +18,16 @@ end, and with `--table-only` at once, the lines of these very settings become a 
     taskset -c 0 python -m recipes.ablate --seeds 0 &          # two series at once, a core each
     taskset -c 1 python -m recipes.ablate --seeds 1
 
-Seconds hang on what else the machine does: rest it, and compare what was run in one go.
+The runs of several machines may stand in one file: only bits per byte are taken from them.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import tyro
 from loguru import logger
 from pydantic import Field, field_validator
@@ -35,7 +36,7 @@ from rich.console import Console
 from recipes import ablate_table, speedrun
 from recipes.command_line import RecipeConfig, fail
 from recipes.running import ENDS_IN_WORDS
-from recipes.trial import Material, append_line, changed, machine, material, read_lines, run_trial, settings_digest
+from recipes.trial import Material, append_line, changed, machine, material, read_lines, run_trial, settings_digest, times_beside
 from train.logs import plain_messages, progress
 from train.optimizers import OptimizerConfig
 from train.runtime import choose_device, compilation_cache
@@ -112,6 +113,8 @@ class Config(RecipeConfig):
         gt=0,
         description="places of the rows that a run trains on; as many a parameter as pretrain_small's default sees, nearly",
     )
+    rounds: int = Field(6, gt=0, description="of timing, a switch beside the baseline")
+    round_steps: int = Field(6, gt=0, description="steps of each in a round")
     preset: Literal["1m", "4m", "14m", "30m", "60m"] = Field("1m", description="sizes of the baseline, as in pretrain_small")
     base: dict[str, str] = Field({}, description="other values of the baseline, by dotted name: schedule.peak 3e-3 mlp relu2")
     data: str = Field("stdlib", description="the corpus, in the words of pretrain_small's --data")
@@ -142,11 +145,13 @@ def main(config: Config) -> dict[str, Any]:
     digests = {name: settings_digest(experiment, text) for name, experiment in runs.items()}
     if not config.table_only:
         run_missing(config, runs, digests, text, device)
-    lines = [line for line in read_lines(config.file) if digests.get(line["name"]) == line["settings"] and line["seed"] in config.seeds]
+    kept = read_lines(config.file)
+    lines = [line for line in kept if is_run(line) and digests.get(line["name"]) == line["settings"] and line["seed"] in config.seeds]
     if not any(line["name"] == BASELINE for line in lines):
         raise ValueError(f"{config.file} has no run of the baseline with these settings: leave out --table-only")
-    found = ablate_table.summed_up(lines)
-    said = ablate_table.words(found, lines, text.source.name)
+    timed = [line for line in kept if is_time(line, digests)]
+    found = ablate_table.summed_up(lines, {line["name"]: float(np.median(line["ratios"])) for line in timed})
+    said = ablate_table.words(found, lines, timed, text.source.name)
     Console().print(said, markup=False, highlight=False, soft_wrap=True)
     picture = None if config.picture is None else ablate_table.draw(found, config.picture)
     if config.page is not None:
@@ -189,9 +194,20 @@ def nested(flat: dict[str, str]) -> dict[str, Any]:
     return found
 
 
+def is_run(line: Mapping[str, Any]) -> bool:
+    return line.get("kind", "run") == "run"
+
+
+def is_time(line: Mapping[str, Any], digests: Mapping[str, str]) -> bool:
+    """Whether a line tells how long one of these switches takes beside this baseline."""
+    asked = (digests.get(line["name"]), digests[BASELINE])
+    return line.get("kind") == "time" and (line["settings"], line["baseline"]) == asked
+
+
 def run_missing(config: Config, runs: dict[str, speedrun.Experiment], digests: dict[str, str], text: Material, device: jax.Device) -> None:
     """Every run that the file does not have, a seed after the other, so that an early stop leaves whole comparisons."""
-    done = {(line["name"], line["seed"], line["settings"]) for line in read_lines(config.file)}
+    kept = read_lines(config.file)
+    done = {(line["name"], line["seed"], line["settings"]) for line in kept if is_run(line)}
     missing = [(name, seed) for seed in config.seeds for name in runs if (name, seed, digests[name]) not in done]
     logger.info(f"{len(missing)} runs to do, {len(runs) * len(config.seeds) - len(missing)} are in {config.file} already")
     facts = machine(runs[BASELINE], device)
@@ -208,6 +224,18 @@ def run_missing(config: Config, runs: dict[str, speedrun.Experiment], digests: d
             f"{trial.step_s:.3f} s a step, {trial.train_s:.0f} s; {left / 60:.0f} minutes left"
         )
         jax.clear_caches()  # programs of a run are of no use to the next
+    timed = {line["name"] for line in kept if is_time(line, digests)}
+    names = [name for name in runs if name not in (BASELINE, MORE_TOKENS) and name not in timed]
+    with progress("seconds a token, beside the baseline's", len(names)) as told:
+        for i, name in enumerate(names, start=1):
+            ratios = times_beside(runs[BASELINE], runs[name], text, rounds=config.rounds, steps=config.round_steps)
+            facts_of_it = {"settings": digests[name], "baseline": digests[BASELINE], "ratios": ratios}
+            append_line(config.file, {"kind": "time", "name": name, **facts_of_it, **facts})
+            told(i)
+            logger.info(
+                f"time {i} of {len(names)}: {name}: x {np.median(ratios):.3f} of the baseline's ({min(ratios):.3f} to {max(ratios):.3f})"
+            )
+            jax.clear_caches()
 
 
 if __name__ == "__main__":

@@ -14,9 +14,10 @@ MORE = 1.5  # times the baseline's tokens, in the runs that say what a token is 
 MARKS = ("<!-- the table of recipes.ablate begins -->", "<!-- the table of recipes.ablate ends -->")
 
 
-def summed_up(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def summed_up(lines: Sequence[Mapping[str, Any]], times: Mapping[str, float] | None = None) -> dict[str, dict[str, Any]]:
     """By name, the best first: `bits_per_byte` (mean over seeds), `difference` (an `Estimate`, to the baseline with the same seed), `time`
-    (of a token, over the baseline's), `at_same_minutes` (the difference to expect then; NaN where the price of a token is not known)."""
+    (of a token, over the baseline's, from `times`), `at_same_minutes` (the difference to expect then). NaN stands for what is not known:
+    the time, or the price of a token."""
     of: dict[str, dict[int, Mapping[str, Any]]] = {}
     for line in lines:
         of.setdefault(line["name"], {})[line["seed"]] = line
@@ -28,7 +29,7 @@ def summed_up(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         if name == "more_tokens" or not seeds:
             continue
         difference = mean_of_few([runs[s]["bits_per_byte"] - base[s]["bits_per_byte"] for s in seeds])
-        time = float(np.median([seconds_a_token(runs[s]) / seconds_a_token(base[s]) for s in seeds]))
+        time = 1.0 if name == "baseline" else (times or {}).get(name, math.nan)
         found[name] = {
             "bits_per_byte": float(np.mean([runs[s]["bits_per_byte"] for s in seeds])),
             "difference": difference,
@@ -48,11 +49,6 @@ def price_of_tokens(base: Mapping[int, Mapping[str, Any]], more: Mapping[int, Ma
     return float(np.mean(slopes))
 
 
-def seconds_a_token(line: Mapping[str, Any]) -> float:
-    """Of a step that a tenth were faster than: neighbours on the machine slow some, never hasten one."""
-    return line["fast_step_s"] * line["steps"] / line["tokens"]
-
-
 def verdict(difference: Estimate) -> str:
     """By the interval: what lies on one side of 0 altogether."""
     if difference.low is None or difference.high is None:
@@ -60,7 +56,7 @@ def verdict(difference: Estimate) -> str:
     return "better" if difference.high < 0 else "worse" if difference.low > 0 else "not decided"
 
 
-def words(found: Mapping[str, Mapping[str, Any]], lines: Sequence[Mapping[str, Any]], data: str) -> str:
+def words(found: Mapping[str, Mapping[str, Any]], lines: Sequence[Mapping[str, Any]], timed: Sequence[Mapping[str, Any]], data: str) -> str:
     """The table as Markdown, what it was measured on, and the winners."""
     base = next(line for line in lines if line["name"] == "baseline")
     seeds = len({line["seed"] for line in lines if line["name"] == "baseline"})
@@ -68,6 +64,7 @@ def words(found: Mapping[str, Mapping[str, Any]], lines: Sequence[Mapping[str, A
         f"Measured on {machines(lines)}: {data}, {base['tokens']:,} tokens a run ({base['steps']} steps), "
         f"{base['parameters']:,} parameters, {base['fast_step_s']:.3f} s a step, {seeds} seed{'s' if seeds > 1 else ''}; "
         f"the baseline comes to {found['baseline']['bits_per_byte']:.4f} bits per byte."
+        + (f" Times measured on {machines(timed)}." if timed else "")
     )
     rows = [
         "| change | bits per byte, same tokens | 95 % | verdict | time of a token | bits per byte, same minutes (estimated) |",
@@ -80,10 +77,13 @@ def words(found: Mapping[str, Mapping[str, Any]], lines: Sequence[Mapping[str, A
         interval = "" if d.low is None or d.high is None else f"{d.low:+.4f} to {d.high:+.4f}"
         minutes = row["at_same_minutes"]
         rows.append(
-            f"| `{name}` | {d.value:+.4f} | {interval} | {verdict(d)} | x {row['time']:.2f} | "
-            f"{'not known' if math.isnan(minutes) else f'{minutes:+.4f}'} |"
+            f"| `{name}` | {d.value:+.4f} | {interval} | {verdict(d)} | {_known(row['time'], 'x {:.2f}')} | {_known(minutes, '{:+.4f}')} |"
         )
     return "\n".join([head, "", *rows, "", *winners(found)])
+
+
+def _known(value: float, form: str) -> str:
+    return "not known" if math.isnan(value) else form.format(value)
 
 
 def winners(found: Mapping[str, Mapping[str, Any]], most: int = 3) -> list[str]:

@@ -3,10 +3,13 @@
 The other side is `recipes/baseline_gpt2_torch.py`: nanoGPT's GPT-2 and its AdamW, on the tokens of the same cache, measured on the same
 held-out windows. Ours is `recipes.pretrain_small` (`--ours speedrun` for our own drawing). Both are run at every learning rate and batch of
 the grid for `--tokens`; the best place of each then runs at every one of `--budgets` times as many, the two taking turns, so that a
-neighbour on the machine slows both. From those courses follows how long each takes to the same bits per byte.
+neighbour on the machine slows both. From those courses follows how long each takes to the same bits per byte. The grid asks only for bits
+per byte, so its two sides may run at once, a core each; the race wants the machine for itself.
 
     python -m recipes.baseline --torch-python .venv-torch/bin/python      # hours on two cores; stop it and go on at will
     python -m recipes.baseline --sides ours                                # ours alone, without torch
+    taskset -c 0 python -m recipes.baseline --sides ours --no-race &       # the grid alone, both sides at once
+    taskset -c 1 python -m recipes.baseline --sides torch --no-race
     python -m recipes.baseline --table-only
 
 Each run is a line of `--file`; what is there is not run again.
@@ -21,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -55,6 +58,7 @@ class Config(RecipeConfig):
     batches: tuple[int, ...] = Field((8, 16), min_length=1, description="rows a step of the grid")
     tokens: int = Field(1_000_000, gt=0, description="tokens of each run of the grid")
     budgets: tuple[float, ...] = Field((0.5, 1.0, 2.0, 4.0), description="times as many in the race of the two best")
+    race: bool = Field(True, description="race the best of each after the grid")
     seed: int = Field(0, ge=0, description="of both sides")
     preset: Literal["1m", "4m", "14m", "30m", "60m"] = Field("4m", description="sizes, as in pretrain_small")
     base: dict[str, str] = Field(
@@ -87,14 +91,15 @@ def main(config: Config) -> dict[str, Any]:
     places = [(rate, batch) for batch in config.batches for rate in config.rates]
     with tempfile.TemporaryDirectory() as name:
         windows = held_out_windows(text.held_out, experiment(config, 1.0, 1, 1.0).seq, Path(name) / "held_out.npz")
-        grid: list[Place] = [(side, rate, batch, 1.0) for rate, batch in places for side in config.sides]
+        grid = [Place(side, rate, batch, 1.0, False) for rate, batch in places for side in config.sides]
         lines = carried_out(config, grid, text, windows, facts)
         best = {side: place for side in config.sides if (place := best_place(lines, side))}
-        race: list[Place] = [(side, *best[side], budget) for budget in config.budgets for side in config.sides if side in best]
-        lines += [line for line in carried_out(config, race, text, windows, facts) if line not in lines]
+        if config.race:
+            race = [Place(side, *best[side], budget, True) for budget in config.budgets for side in config.sides if side in best]
+            lines += carried_out(config, race, text, windows, facts)
     if not lines:
         raise ValueError(f"{config.file} has no run with these settings: leave out --table-only")
-    found = {"lines": lines, "best": best, "courses": {side: course(lines, side, *best[side]) for side in best}, "corpus": text.source.name}
+    found = {"lines": lines, "best": best, "courses": {side: course(lines, side) for side in best}, "corpus": text.source.name}
     said = baseline_table.words(found)
     Console().print(said, markup=False, highlight=False, soft_wrap=True)
     if config.picture is not None:
@@ -114,20 +119,30 @@ def experiment(config: Config, rate: float, batch: int, budget: float) -> pretra
 
 def best_place(lines: list[dict[str, Any]], side: str) -> tuple[float, int] | None:
     """Learning rate and batch of a side's best run of the grid."""
-    here = [line for line in lines if line["side"] == side and line["budget"] == 1.0]
+    here = [line for line in lines if line["side"] == side and not line["race"]]
     best = min(here, key=lambda line: line["bits_per_byte"], default=None)
     return None if best is None else (best["rate"], best["batch"])
 
 
-def course(lines: list[dict[str, Any]], side: str, rate: float, batch: int) -> list[tuple[float, float]]:
-    """(seconds of training, bits per byte) of a side's runs at one place, by budget."""
-    here = [line for line in lines if (line["side"], line["rate"], line["batch"]) == (side, rate, batch)]
-    return [(line["train_s"], line["bits_per_byte"]) for line in sorted(here, key=lambda line: line["budget"])]
+def course(lines: list[dict[str, Any]], side: str) -> list[tuple[float, float, float]]:
+    """(seconds of training with compilation, seconds of its steps alone, bits per byte) of a side's runs in the race, by budget."""
+    here = [line for line in lines if line["side"] == side and line["race"]]
+    return [
+        (line["train_s"], line["steps"] * line["step_s"], line["bits_per_byte"]) for line in sorted(here, key=lambda line: line["budget"])
+    ]
 
 
 # ------------------------------------------------------------------------------------------- runs
 
-Place = tuple[str, float, int, float]  # side, learning rate, batch, budget
+
+class Place(NamedTuple):
+    """Of the grid, or of the race."""
+
+    side: str
+    rate: float  # peak
+    batch: int
+    budget: float
+    race: bool
 
 
 def carried_out(config: Config, places: list[Place], text: Material, windows: Path, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -137,17 +152,17 @@ def carried_out(config: Config, places: list[Place], text: Material, windows: Pa
     missing = [] if config.table_only else [i for i, digest in enumerate(digests) if digest not in kept]
     begin = time.monotonic()
     for n, i in enumerate(missing):
-        side, rate, batch, budget = places[i]
-        run = experiment(config, rate, batch, budget)
-        title = f"{side}, rate {rate:g}, {batch} rows, {run.steps} steps"
+        place = places[i]
+        run = experiment(config, place.rate, place.batch, place.budget)
+        title = f"{place.side}, rate {place.rate:g}, {place.batch} rows, {run.steps} steps"
         with progress(title, run.steps or 0) as told:
-            if side == "ours":
+            if place.side == "ours":
                 figures = run_trial(run, text, lambda done, _, told=told: told(done)).record()  # type: ignore[misc]
             else:
                 figures = torch_run(config, run, text, windows, told)
         figures["bits_per_byte"] = figures["bits_per_byte"] if math.isfinite(figures["bits_per_byte"]) else 99.0  # diverged
         figures["last_loss"] = figures["last_loss"] if math.isfinite(figures["last_loss"]) else 99.0
-        line = {"side": side, "rate": rate, "batch": batch, "budget": budget, "settings": digests[i], **figures, **facts}
+        line = {**place._asdict(), "settings": digests[i], **figures, **facts}
         append_line(config.file, line)
         kept[digests[i]] = line
         left = (time.monotonic() - begin) / (n + 1) * (len(missing) - n - 1)
@@ -160,12 +175,11 @@ def carried_out(config: Config, places: list[Place], text: Material, windows: Pa
 
 
 def digest_of(config: Config, place: Place, text: Material) -> str:
-    side, rate, batch, budget = place
-    run = experiment(config, rate, batch, budget)
-    if side == "ours":
-        return f"{settings_digest(run, text)}-{config.ours}-{config.seed}"
+    run, use = experiment(config, place.rate, place.batch, place.budget), "race" if place.race else "grid"
+    if place.side == "ours":
+        return f"{settings_digest(run, text)}-{config.ours}-{config.seed}-{use}"
     said = [torch_spec(config, run, text, "", ""), text.identity]
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
+    return f"{hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]}-torch-{config.seed}-{use}"
 
 
 def held_out_windows(cache: TokenCache, seq: int, path: Path) -> Path:

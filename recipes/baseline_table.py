@@ -38,7 +38,7 @@ def ratios(ours: Course, theirs: Course) -> list[tuple[float, float]]:
 def words(found: Mapping[str, Any]) -> str:
     """The grid, the best places, and the ratio of minutes."""
     lines = found["lines"]
-    grid = [line for line in lines if line["budget"] == 1.0]
+    grid = [line for line in lines if not line["race"]]
     rates, batches = sorted({line["rate"] for line in grid}), sorted({line["batch"] for line in grid})
     rows = ["| side | rows a step | " + " | ".join(f"rate {rate:g}" for rate in rates) + " |", "|---|---|" + "---|" * len(rates)]
     for side in found["best"]:
@@ -53,25 +53,39 @@ def words(found: Mapping[str, Any]) -> str:
     parameters = {side: next(line["parameters"] for line in lines if line["side"] == side) for side in found["best"]}
     versions = {line["torch"] for line in lines if "torch" in line}
     head = (
-        f"Measured on {machines(found['lines'])}{''.join(f', torch {v}' for v in sorted(versions))}: "
+        f"Measured on {machines(grid)}{''.join(f', torch {v}' for v in sorted(versions))}: "
         f"{found['corpus']}, bits per byte of the held-out text after {tokens:,} tokens; "
         + ", ".join(f"{NAMES[side]} {n:,} parameters" for side, n in parameters.items())
         + "."
     )
-    race = ["| side | seconds of training, compilation too: bits per byte, by budget |", "|---|---|"]
-    for side, course in found["courses"].items():
-        race.append(f"| {NAMES[side]}, best of its grid | {', '.join(f'{s:.0f} s: {bits:.4f}' for s, bits in course)} |")
-    told = []
-    if {"ours", "torch"} <= found["courses"].keys():
-        pairs = ratios(found["courses"]["ours"], found["courses"]["torch"])
-        if pairs:
-            told = [
-                "",
-                "Seconds of PyTorch over ours, to the same bits per byte: " + ", ".join(f"{r:.2f} at {b:.4f}" for b, r in pairs) + ".",
-            ]
-        else:
-            told = ["", "No bits per byte that both came to: race them at more budgets."]
-    return "\n".join([head, "", *rows, "", *race, *told])
+    said = [head, "", *rows]
+    courses = {side: course for side, course in found["courses"].items() if course}
+    if courses:
+        raced = [line for line in lines if line["race"]]
+        said += [
+            "",
+            f"The best of each in turns, on {machines(raced)}:",
+            "",
+            "| side | tokens | seconds, compilation too | of steps alone | bits per byte |",
+        ]
+        said.append("|---|---|---|---|---|")
+        for side in courses:
+            for line in sorted((line for line in raced if line["side"] == side), key=lambda line: line["budget"]):
+                seconds = f"{line['train_s']:.0f} | {line['steps'] * line['step_s']:.0f}"
+                said.append(f"| {NAMES[side]} | {line['tokens']:,} | {seconds} | {line['bits_per_byte']:.4f} |")
+    if {"ours", "torch"} <= courses.keys():
+        told = []
+        for words, column in (("compilation too", 0), ("steps alone", 1)):
+            ours, theirs = ([(run[column], run[2]) for run in courses[side]] for side in ("ours", "torch"))
+            if pairs := ratios(ours, theirs):
+                told.append(f"{words} {', '.join(f'{r:.2f} at {b:.4f}' for b, r in pairs)}")
+        said += [
+            "",
+            f"Seconds of PyTorch over ours, to the same bits per byte: {'; '.join(told)}."
+            if told
+            else "No bits per byte that both came to: race them at more budgets.",
+        ]
+    return "\n".join(said)
 
 
 def put_table(said: str, page: Path, picture: Path | None) -> None:
@@ -90,7 +104,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
         here = [line for line in found["lines"] if line["side"] == side and line["bits_per_byte"] < 99]
         axis.plot([line["train_s"] for line in here], [line["bits_per_byte"] for line in here], ".", color=color, alpha=0.4)
         if course := found["courses"].get(side):
-            axis.plot(*zip(*course, strict=True), "o-", color=color, label=f"{NAMES[side]}, best of its grid")
+            axis.plot([run[0] for run in course], [run[2] for run in course], "o-", color=color, label=f"{NAMES[side]}, best of its grid")
     axis.set(xscale="log", xlabel="seconds of training", ylabel="bits per byte, held out")
     axis.legend(fontsize="small")
     axis.grid(alpha=0.3)

@@ -46,6 +46,7 @@ from lm.hf import abstract
 from lm.native import quantisation_of
 from recipes.command_line import claimed, fail, how_to_resume, parse, resumable
 from recipes.corpus import describe_mixture, describe_packing, describe_source, encode, encode_training
+from recipes.curves import Watch, curve_for
 from recipes.finetuning import known_text
 from recipes.loading import load
 from recipes.report import heads, measure, one_sample
@@ -224,6 +225,8 @@ def run(config: Config, folder: Path) -> None:
         averaged = state.averaged if config.average.use else None
         return state.model if averaged is None else averaged
 
+    manifest["identity"] = identity
+    watch = Watch(curve_for("continue_pretrain", config, identity))
     with Checkpoints(folder / "checkpoints", keep_latest=config.keep_latest) as checkpoints:
         state, start, record = restore(checkpoints, abstract_state, identity, config.steps) or (fresh_state(), 0, {"train_s": 0.0})
         manifest["sessions"] = begin_session("continue_pretrain", folder, config, start, session_facts(device, ops, flight, peak))
@@ -232,7 +235,7 @@ def run(config: Config, folder: Path) -> None:
         first = start + 1 if start else 0  # a new run tells of the model as it was, too
         with (
             trackers_of(config, folder, "continue_pretrain", first) as trackers,
-            RunLog(folder, total_steps=config.steps, start_step=first, trackers=trackers) as log,
+            RunLog(folder, total_steps=config.steps, start_step=first, trackers=trackers, watch=watch.line) as log,
             train_batches(train_tokens, **packing, start_step=start, stop_step=config.steps) as batches,
             interruptible() as interrupt,
         ):
@@ -283,7 +286,7 @@ def run(config: Config, folder: Path) -> None:
     after = {name: measure(judged(state), token_nats, source, held_out[name], **sizes) for name, source in texts.items()}
     speeds = [line["tokens_per_s"] for line in read_metrics(folder / "metrics.jsonl") if "tokens_per_s" in line]
     results: dict[str, Any] = {"before": before, "after": after, "steps": config.steps, "mixture": mixture}
-    results |= {"skipped": int(state.stats.skipped), "spikes": int(state.stats.spikes), "train_s": record["train_s"]}
+    results |= {"skipped": int(state.stats.skipped), "spikes": int(state.stats.spikes), "train_s": record["train_s"]} | watch.record()
     results |= {"tokens_per_s": float(np.median(speeds)), "mfu": mfu(float(np.median(speeds)), flops, peak.flops_per_s)}
     if "old" in texts:
         results["forgotten"] = after["old"]["bits_per_byte"] - before["old"]["bits_per_byte"]

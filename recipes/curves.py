@@ -14,8 +14,8 @@ from pydantic import BaseModel, model_validator
 from recipes.running import RunConfig
 
 CURVES = Path(__file__).parents[1] / "docs" / "golden"  # there in a checkout
-# Settings that do not change what is trained, or are known otherwise (the corpus by its digest): how a run is carried out, and these.
-BESIDE = {*RunConfig.model_fields, "data", "seed", "preset", "minutes", "max_epochs", "report_samples", "curve"}
+# Settings that do not change what is trained, or are known otherwise (text and models by their digests): those of RunConfig, and these.
+BESIDE = {*RunConfig.model_fields, "data", "seed", "preset", "minutes", "max_epochs", "report_samples", "model", "teacher", "gap_limit"}
 
 
 class Curve(BaseModel, frozen=True, extra="forbid"):
@@ -23,12 +23,13 @@ class Curve(BaseModel, frozen=True, extra="forbid"):
 
     recipe: str
     settings: dict[str, Any]  # of the runs, without those in `BESIDE`; `steps` among them
-    identity: dict[str, str]  # digests of corpus and tokenizer
+    identity: dict[str, str]  # digests of what it was made from: text, tokenizer, the model it began with
+    metric: str = "loss"  # what is followed, of the numbers of metrics.jsonl
     seeds: tuple[int, ...]
     every: int  # steps in a mean
-    losses: tuple[float, ...]  # nats a token, mean over `every` steps and over the runs
-    tolerances: tuple[float, ...]  # a mean may be this far from that, nats
-    first: tuple[float, ...]  # losses of the first steps with the first of the seeds, one by one
+    losses: tuple[float, ...]  # of the metric (a loss: nats a token), mean over `every` steps and over the runs
+    tolerances: tuple[float, ...]  # a mean may be this far from that
+    first: tuple[float, ...]  # the metric of the first steps with the first of the seeds, one by one
     made_with: dict[str, Any]  # commit, device and kernels
 
     @model_validator(mode="after")
@@ -41,11 +42,12 @@ class Curve(BaseModel, frozen=True, extra="forbid"):
         """Why it is not the curve of a run, in words; `None` where it is. Settings that came later count as they are by default."""
         if self.recipe != recipe:
             return f"it is of {self.recipe}"
-        if other := sorted(name for name in identity if self.identity.get(name) != identity[name]):
+        if other := sorted(name for name in self.identity if self.identity[name] != identity.get(name)):
             return f"another {' and '.join(other)}"
         if unknown := sorted(self.settings.keys() - type(config).model_fields.keys()):
             return f"settings that are no more: {', '.join(unknown)}"
-        theirs, ours = settings_of(type(config)(**self.settings)), settings_of(config)
+        needed = {name: getattr(config, name) for name, field in type(config).model_fields.items() if field.is_required()}
+        theirs, ours = settings_of(type(config)(**(needed | self.settings))), settings_of(config)
         if other := sorted(name for name in ours if ours[name] != theirs[name]):
             return f"another {', '.join(other)}"
         if config.seed not in self.seeds and len(self.seeds) < 3:  # of three, any other will lie among them
@@ -66,16 +68,16 @@ def read_curve(path: Path) -> Curve:
         raise ValueError(f"{path} is no reference curve as recipes.golden writes them: {error}") from None
 
 
-def curve_for(recipe: str, config: Any, identity: Mapping[str, str], asked: Path | None = None) -> Curve | None:
+def curve_for(recipe: str, config: Any, identity: Mapping[str, str]) -> Curve | None:
     """The curve that was asked for, or the one of these settings among those of the project. What was found is said.
 
     **Raises:** `ValueError` where the one asked for is of other settings.
     """
-    if asked is not None:
-        curve = read_curve(asked)
+    if config.curve is not None:
+        curve = read_curve(config.curve)
         if reason := curve.why_not(recipe, config, identity):
-            raise ValueError(f"--curve {asked} is not the curve of this run: {reason}")
-        logger.info(f"followed beside {asked}")
+            raise ValueError(f"--curve {config.curve} is not the curve of this run: {reason}")
+        logger.info(f"followed beside {config.curve}")
         return curve
     reasons = {}
     for path in sorted(CURVES.glob(f"{recipe}*.json")):
@@ -106,6 +108,11 @@ class Watch:
         self.left: list[int] = []  # steps at whose means the run was found outside, having been inside before
         self._outside = False
 
+    def line(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """One line of the log, which may have the number that is followed."""
+        if self.curve is not None and self.curve.metric in metrics:
+            self.see(step, float(metrics[self.curve.metric]))
+
     def see(self, step: int, loss: float) -> None:
         """One more step, counted from 1. A group that a resumed run has seen in part is passed over."""
         if self.curve is None:
@@ -123,8 +130,8 @@ class Watch:
         if outside and not self._outside:
             self.left.append(step)
             logger.warning(
-                f"step {step}: the run has left its reference curve: the mean loss of {self.curve.every} steps is {found[0]:.4f}, "
-                f"expected {expected:.4f} ± {tolerance:.4f}. Is it the change you meant, or is something broken?"
+                f"step {step}: the run has left its reference curve: the mean {self.curve.metric} of {self.curve.every} steps is "
+                f"{found[0]:.4f}, expected {expected:.4f} ± {tolerance:.4f}. Is it the change you meant, or is something broken?"
             )
         elif self._outside and not outside:
             logger.info(f"step {step}: back on its reference curve")

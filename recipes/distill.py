@@ -41,6 +41,7 @@ from lm.digests import digest
 from lm.generate import Sampler
 from recipes.command_line import claimed, fail, how_to_resume, parse, resumable
 from recipes.corpus import describe_mixture, describe_packing, describe_source
+from recipes.curves import Watch, curve_for
 from recipes.distilling import (
     Kind,
     OnPolicy,
@@ -296,6 +297,8 @@ def run(config: Config, folder: Path) -> None:
         found = apart(compare, judged(state), held, looks)
         return {"val_loss": found["nats"], "val_kl": found["kl"], "val_agreement": found["agreement"]}
 
+    manifest["identity"] = identity
+    watch = Watch(curve_for("distill", config, identity))
     with Checkpoints(folder / "checkpoints", keep_latest=config.keep_latest) as checkpoints:
         state, start, record = restore(checkpoints, begun, identity, config.steps) or (begun, 0, {"train_s": 0.0})
         manifest["sessions"] = begin_session("distill", folder, config, start, session_facts(device, ops, flight, peak))
@@ -315,7 +318,7 @@ def run(config: Config, folder: Path) -> None:
 
         with (
             trackers_of(config, folder, "distill", first) as trackers,
-            RunLog(folder, total_steps=config.steps, start_step=first, trackers=trackers) as log,
+            RunLog(folder, total_steps=config.steps, start_step=first, trackers=trackers, watch=watch.line) as log,
             train_batches(texts.train, **packing, start_step=start, stop_step=config.steps) as given,
             interruptible() as interrupt,
         ):
@@ -367,7 +370,7 @@ def run(config: Config, folder: Path) -> None:
     lines = read_metrics(folder / "metrics.jsonl")
     speed = float(np.median([line["tokens_per_s"] for line in lines if "tokens_per_s" in line]))
     results: dict[str, Any] = {"before": before, "after": after, "steps": config.steps, "learned_from": config.learned_from}
-    results |= {"skipped": int(state.stats.skipped), "spikes": int(state.stats.spikes), "train_s": record["train_s"]}
+    results |= {"skipped": int(state.stats.skipped), "spikes": int(state.stats.spikes), "train_s": record["train_s"]} | watch.record()
     results |= {"tokens_learned": sum(line.get("tokens", 0) for line in lines), "tokens_per_s": speed, "mixture": mixture}
     results |= {name: after[name] for name in ("bits_per_byte", "held_out_bytes") if name in after}
     title = f"{model.n_params / 1e6:,.1f}M parameters: {config.learned_from}"

@@ -189,8 +189,8 @@ def run(config: Config, folder: Path) -> None:
     }
     session = session_facts(device, ops, flight, peak_flops(device))
     how: dict[str, Any] = {"total": total, "identity": identity, "kept": in_checkpoints, "manifest": manifest, "session": session}
-    state, train_s = learn("dpo", config, folder, begun, step, batches, **how, look=look, ends=solve, sample=sample)
-    results = summary(folder, config, total) | {"train_s": train_s}
+    state, course = learn("dpo", config, folder, begun, step, batches, **how, look=look, ends=solve, sample=sample)
+    results = summary(folder, config, total) | course
     if base is not None:
         lm.save_adapter(state.model, folder / "adapter", base=base)
     export(plain(state.model), tokenizer, folder / "export", manifest=manifest, results=results)

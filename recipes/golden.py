@@ -4,8 +4,10 @@
     python -m recipes.pretrain_small --steps 1082                               # is watched from now on
 
 The runs have the same settings on the same text; seeds may differ, and with three of them the curve serves any seed. The losses of every
-few steps are averaged, over the runs too. The tolerance is `--sigmas` times the spread of the runs, smoothed over neighbours, and at least
-`--least`: other kernels round in other ways. The picture shows the runs in their band.
+few steps are averaged, over the runs too. A run that was stopped gives a curve of its beginning, which a whole run is followed beside as
+far as it goes. What a run began with is known by its digest, so it must be the very same model; where that was trained here and comes out a
+little different each time, `--without model` leaves it out. The tolerance is `--sigmas` times the spread of the runs, smoothed over
+neighbours, and at least `--least`: other kernels round in other ways. The picture shows the runs in their band.
 """
 
 import json
@@ -29,10 +31,12 @@ class Config(RecipeConfig):
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = Field(min_length=1, description="run folders of one recipe, ended")
     name: str | None = Field(None, description="of the file, without .json; None: RECIPE-STEPS")
     to: Path = Field(CURVES, description="folder that the curve is written to")
+    metric: str = Field("loss", description="the number of metrics.jsonl that is followed: loss, or reward")
+    without: tuple[str, ...] = Field((), description="digests that are not asked for, of those the first run has: model, start, teacher …")
     every: int = Field(10, ge=1, description="steps in a mean")
-    sigmas: float = Field(4.0, gt=0, description="standard deviations over the runs that the loss may be away")
-    least: float = Field(0.05, gt=0, description="nats a token that it may always be away")
-    first: int = Field(10, ge=1, description="steps whose losses are kept one by one, to be replayed by the tests")
+    sigmas: float = Field(4.0, gt=0, description="standard deviations over the runs that a mean may be away")
+    least: float = Field(0.05, gt=0, description="how far it may always be away (of a loss: nats a token)")
+    first: int = Field(10, ge=1, description="steps kept one by one, to be replayed by the tests")
     picture: Path | None = Field(None, description="where to draw runs and band; None: nowhere")
 
 
@@ -42,12 +46,17 @@ def main(config: Config) -> Path:
     records = [json.loads(read_file(run / "manifest.json")) for run in config.runs]
     settings = [without_beside(json.loads(read_file(run / CONFIG_FILE))) for run in config.runs]
     recipes = {record["sessions"][-1]["command"][2].removeprefix("recipes.") for record in records}
-    identities = [{"corpus": record["corpus"]["sha256"], "tokenizer": record["tokenizer"]["digest"]} for record in records]
-    check_alike(config.runs, {"recipe": [*recipes], "settings": settings, "text": identities})
-    courses = [losses_of(run, settings[0]["steps"]) for run in config.runs]
+    if unknown := sorted(set(config.without) - records[0]["identity"].keys()):
+        raise ValueError(f"--without {unknown[0]}: the runs have {', '.join(records[0]['identity'])}")
+    identities = [{name: digest for name, digest in record["identity"].items() if name not in config.without} for record in records]
+    check_alike(config.runs, {"recipe": [*recipes], "settings": settings, "text or model": identities})
+    courses = [course_of(run, config.metric) for run in config.runs]
+    if len(lengths := {len(course) for course in courses}) > 1:
+        logger.info(f"the runs have {min(lengths)} to {max(lengths)} steps: the curve ends with the shortest")
+        courses = [{step: value for step, value in course.items() if step <= min(lengths)} for course in courses]
     groups = np.array([[mean for _, mean in means(course, config.every)] for course in courses])  # runs × groups
     if not groups.size:
-        raise ValueError(f"the runs have {settings[0]['steps']} steps, fewer than --every {config.every}")
+        raise ValueError(f"the runs have {len(courses[0])} steps, fewer than --every {config.every}")
     tolerances = (
         np.maximum(config.least, config.sigmas * smoothed(groups.std(axis=0, ddof=1)))
         if len(groups) > 1
@@ -59,6 +68,7 @@ def main(config: Config) -> Path:
         recipe=recipe,
         settings=settings[0],
         identity=identities[0],
+        metric=config.metric,
         seeds=tuple(record["seed"] for record in records),
         every=config.every,
         losses=tuple(np.round(groups.mean(axis=0), 5).tolist()),
@@ -71,7 +81,7 @@ def main(config: Config) -> Path:
             "jax": ran["device"].get("jax"),
         },
     )
-    name = config.name or f"{recipe}-{settings[0]['steps']}"
+    name = config.name or (f"{recipe}-{settings[0]['steps']}" if settings[0].get("steps") else recipe)
     path = config.to / f"{name}.json"
     write_json(path, curve.model_dump(mode="json"))
     logger.info(f"written {path}: {len(curve.losses)} means of {curve.every} steps, seeds {', '.join(map(str, curve.seeds))}")
@@ -99,11 +109,13 @@ def check_alike(runs: tuple[Path, ...], facts: dict[str, list[Any]]) -> None:
         raise ValueError(f"the runs are of several recipes: {', '.join(sorted(facts['recipe']))}")
 
 
-def losses_of(run: Path, steps: int) -> dict[int, float]:
-    """The loss of each step. **Raises:** `ValueError` for a run that has not ended."""
-    found = {line["step"]: line["loss"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line}
-    if len(found) < steps:
-        raise ValueError(f"{run} has the losses of {len(found)} steps of {steps}: has it ended?")
+def course_of(run: Path, metric: str) -> dict[int, float]:
+    """The metric of each step. **Raises:** `ValueError` for a run without it."""
+    lines = read_metrics(run / "metrics.jsonl")
+    found = {line["step"]: line[metric] for line in lines if metric in line and line["step"] > 0}
+    if not found:
+        names = sorted({name for line in lines for name in line})
+        raise ValueError(f"{run} has no {metric!r} in its metrics.jsonl: expected one of {', '.join(names)}")
     return found
 
 
@@ -126,7 +138,9 @@ def draw(curve: Curve, groups: np.ndarray, path: Path) -> None:
     axis.fill_between(steps, middle - reach, middle + reach, color="tab:blue", alpha=0.2, label="band")
     for course, seed in zip(groups, curve.seeds, strict=True):
         axis.plot(steps, course, linewidth=0.9, label=f"seed {seed}")
-    axis.set(xlabel="step", ylabel="loss (nats per token)", title=f"{curve.recipe}: reference curve")
+    axis.set(
+        xlabel="step", ylabel="loss (nats per token)" if curve.metric == "loss" else curve.metric, title=f"{curve.recipe}: reference curve"
+    )
     axis.legend(fontsize="small")
     axis.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from data.preferences import Pair, read_pairs
 from lm.base import AbstractLM
 from recipes.command_line import how_to_resume, resumable
+from recipes.curves import Watch, curve_for
 from recipes.prompting import Prompting
 from recipes.rl_stages import Drawing
 from recipes.running import RunConfig, begin_session, restore, trackers_of, watched
@@ -172,8 +173,9 @@ def learn(
     look: Callable[[Any], dict[str, float]],
     sample: Callable[[Any], str],
     ends: Callable[[Any], dict[str, float]] = lambda model: {},
-) -> tuple[TrainState, float]:
-    """From the start, or the last checkpoint, to the last step: log, look, save. The last state, and the seconds it took.
+) -> tuple[TrainState, dict[str, Any]]:
+    """From the start, or the last checkpoint, to the last step: log, look, save. The last state, and for the results the seconds it took
+    (`train_s`) and where it left its reference curve.
 
     **Arguments:**
 
@@ -186,6 +188,7 @@ def learn(
     """
     by_reference = config.adapter.kind != "none"
     step = debug_nans(compiled) if config.debug_nans else compiled
+    watch = Watch(curve_for(recipe, config, identity))
     with Checkpoints(folder / "checkpoints", keep_latest=config.keep_latest) as checkpoints:
         found = restore(checkpoints, begun, identity, total, by_reference=by_reference)
         state, start, record = found or (begun, 0, {"train_s": 0.0})
@@ -194,7 +197,7 @@ def learn(
         write_json(folder / "manifest.json", manifest)
         with (
             trackers_of(config, folder, recipe, start + 1) as trackers,
-            RunLog(folder, total_steps=total, start_step=start + 1 if start else 0, trackers=trackers) as log,
+            RunLog(folder, total_steps=total, start_step=start + 1 if start else 0, trackers=trackers, watch=watch.line) as log,
             interruptible() as interrupt,
         ):
             if start == 0 and (measures := look(state.model) | ends(state.model)):
@@ -228,4 +231,4 @@ def learn(
                         raise SystemExit(interrupt.exit_status)
             if start < total and (measures := ends(state.model)):
                 log.log(total, **measures)
-    return state, record["train_s"]
+    return state, {"train_s": record["train_s"], **watch.record()}

@@ -102,7 +102,6 @@ class Experiment(RunConfig):
     seed: int = Field(0, ge=0, description="of weights, data order, dropout and samples")
 
     report_samples: int = resumable(64, ge=0, description="samples judged at the end")
-    curve: Path | None = resumable(None, description="reference curve to be watched beside; None: that of docs/golden with these settings")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -218,7 +217,8 @@ def run(config: Experiment, folder: Path, recipe: str) -> None:
     }
     describe_mixture(rows.realised(config.steps * config.batch))
     identity = {"corpus": source.record["sha256"], "tokenizer": tokenizer.digest}
-    watch = Watch(curve_for(recipe, config, identity, config.curve))
+    manifest["identity"] = identity
+    watch = Watch(curve_for(recipe, config, identity))
 
     # The loop.
     rate, rate_of_average = learning_rate(config.schedule, config.steps), average_rate(config.average, config.steps)
@@ -238,7 +238,7 @@ def run(config: Experiment, folder: Path, recipe: str) -> None:
         begin = time.monotonic() - record["train_s"]
         with (
             trackers_of(config, folder, recipe, start + 1) as trackers,
-            RunLog(folder, total_steps=config.steps, start_step=start + 1, trackers=trackers) as log,
+            RunLog(folder, total_steps=config.steps, start_step=start + 1, trackers=trackers, watch=watch.line) as log,
             train_batches(train_tokens, **packing, start_step=start, stop_step=config.steps) as batches,
             interruptible() as interrupt,
         ):
@@ -266,7 +266,6 @@ def run(config: Experiment, folder: Path, recipe: str) -> None:
                         share = mfu(metrics["tokens_per_s"], flops, peak.flops_per_s)
                         memory = memory_in_use()["peak_bytes"]
                         log.log(**metrics, mfu=share, epoch=epoch, peak_memory_bytes=memory)  # type: ignore[arg-type]
-                        watch.see(int(metrics["step"]), metrics["loss"])
                     val_loss = None  # of these very weights, or not known
                     if done % config.validate_every == 0 or done == config.steps:
                         nats, tokens = nats_by_document(token_nats, judged(state), validation)

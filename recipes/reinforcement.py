@@ -25,6 +25,7 @@ from lm.base import AbstractLM
 from lm.digests import digest
 from lm.generate import Sampler
 from recipes.command_line import how_to_resume, resumable
+from recipes.curves import Watch, curve_for
 from recipes.loading import load
 from recipes.prompting import Prompting
 from recipes.rl_report import Clock, json_safe, nothing_learned, of_updates, show, summary
@@ -262,6 +263,7 @@ def reinforce(
         key = jr.fold_in(jr.key(config.seed + 1), done)
         return drawing.solved(state.model, task.held_out[:problems], config.answers, key, rows=config.rows)
 
+    watch = Watch(curve_for(recipe, config, identity))
     with Checkpoints(folder / "checkpoints", keep_latest=config.keep_latest) as checkpoints:
         found = restore(checkpoints, jax.eval_shape(fresh_state), identity, config.steps)
         state, start, record = found or (fresh_state(), 0, {"cursor": 0, "baseline": None, "train_s": 0.0})
@@ -285,7 +287,7 @@ def reinforce(
         write_json(folder / "manifest.json", json_safe(manifest))
         with (
             trackers_of(config, folder, recipe, start + 1) as trackers,
-            RunLog(folder, total_steps=config.steps, start_step=start + 1 if start else 0, trackers=trackers) as log,
+            RunLog(folder, total_steps=config.steps, start_step=start + 1 if start else 0, trackers=trackers, watch=watch.line) as log,
             interruptible() as interrupt,
         ):
             if start == 0:
@@ -321,7 +323,7 @@ def reinforce(
                         log.message(f"stopped at step {done} of {config.steps}, everything saved. Go on with:\n  {resume}")
                         raise SystemExit(interrupt.exit_status)
 
-    results = summary(folder, train_s, ks, steps=config.steps, algorithm=config.algorithm, seed=config.seed)
+    results = summary(folder, train_s, ks, steps=config.steps, algorithm=config.algorithm, seed=config.seed) | watch.record()
     export(state.model, tokenizer, folder / "export", manifest=json_safe(manifest), results=results)
     write_json(folder / "results.json", results)
     return results

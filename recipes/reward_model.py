@@ -180,11 +180,11 @@ def run(config: Config, folder: Path) -> None:
     }
     session = session_facts(device, ops, flight, peak_flops(device))
     how: dict[str, Any] = {"total": total, "identity": identity, "kept": in_checkpoints, "manifest": manifest, "session": session}
-    state, train_s = learn("reward_model", config, folder, fresh_state(), step, batches, **how, look=look, sample=sample)
+    state, course = learn("reward_model", config, folder, fresh_state(), step, batches, **how, look=look, sample=sample)
 
     # What came of it, over all that was held out.
     learned = plain(state.model)
-    results: dict[str, Any] = {"steps": total, "pairs": count, "train_s": train_s}
+    results: dict[str, Any] = {"steps": total, "pairs": count, **course}
     if len(held_out.tokens):
         results |= measures(*rewards_of(learned, held_out), seed=config.seed)
     if config.data is None:

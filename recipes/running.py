@@ -63,6 +63,7 @@ class RunConfig(RecipeConfig):
     profile: int | None = resumable(
         None, ge=1, description="steps to trace, a few after the start: a Perfetto file and a table of operations"
     )
+    curve: Path | None = resumable(None, description="reference curve to be watched beside; None: that of docs/golden with these settings")
     debug_nans: bool = resumable(False, description="stop at the first NaN or infinity and find the operation that made it; slower")
 
     @field_validator("backend")

@@ -44,6 +44,7 @@ from lm.digests import digest
 from recipes.command_line import claimed, fail, how_to_resume, parse, resumable
 from recipes.continue_pretrain import look, prepared
 from recipes.corpus import describe_mixture, describe_packing, describe_source, encode
+from recipes.curves import Watch, curve_for
 from recipes.finetuning import (
     Encoding,
     Template,
@@ -289,6 +290,8 @@ def run(config: Experiment, folder: Path, recipe: str) -> None:
         """The same, adapters merged into the weights, which are arrays again if they were packed: to ask, and to export."""
         return lm.dequantised(lm.merge(judged(state))) if with_adapters else judged(state)
 
+    manifest["identity"] = identity
+    watch = Watch(curve_for(recipe, config, identity))
     with Checkpoints(folder / "checkpoints", keep_latest=config.keep_latest) as checkpoints:
         found = restore(checkpoints, begun, identity, total, by_reference=with_adapters)
         state, start, record = found or (begun, 0, {"train_s": 0.0})
@@ -299,7 +302,7 @@ def run(config: Experiment, folder: Path, recipe: str) -> None:
         first = start + 1 if start else 0  # a new run tells of the model as it was, too
         with (
             trackers_of(config, folder, recipe, first) as trackers,
-            RunLog(folder, total_steps=total, start_step=first, trackers=trackers) as log,
+            RunLog(folder, total_steps=total, start_step=first, trackers=trackers, watch=watch.line) as log,
             train_batches(train_tokens, **packing, start_step=start, stop_step=total) as batches,
             interruptible() as interrupt,
         ):
@@ -350,7 +353,7 @@ def run(config: Experiment, folder: Path, recipe: str) -> None:
     after = measure(plain(state), token_nats, form, held_out, text, questions, config.prompts, **measured)
     speed = float(np.median([line["tokens_per_s"] for line in read_metrics(folder / "metrics.jsonl") if "tokens_per_s" in line]))
     results: dict[str, Any] = {"steps": total, "mixture": mixture, "conversations": conversations}
-    results |= {"skipped": int(state.stats.skipped), "spikes": int(state.stats.spikes), "train_s": record["train_s"]}
+    results |= {"skipped": int(state.stats.skipped), "spikes": int(state.stats.spikes), "train_s": record["train_s"]} | watch.record()
     results |= {"tokens_per_s": speed, "mfu": mfu(speed, flops, peak.flops_per_s)}
     results |= {"loss": {"before": before["loss"], "after": after["loss"]}, "tasks": {"before": before["tasks"], "after": after["tasks"]}}
     results |= {"answers": {"before": before["answers"], "after": after["answers"]}}

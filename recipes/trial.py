@@ -4,10 +4,11 @@ It is the experiment of `recipes.pretrain_small` (same corpus, rows, model, step
 """
 
 import hashlib
+import itertools
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -129,21 +130,58 @@ def trained(
     config: Experiment, text: Material, told: Callable[[int, float], None] = lambda done, loss: None, *, stop: int | None = None
 ) -> Course:
     """Train, all steps or the first `stop` of them; `told` as in `run_trial`."""
-    assert config.steps is not None
-    ops, flight = flight_of(config, device_facts(jax.devices()[0]))
-    fresh_state, step = beginning(config, config.model_config_of(text.tokenizer.vocab_size), flight, ops)
-    state = fresh_state()
-    rate, rate_of_average = learning_rate(config.schedule, config.steps), average_rate(config.average, config.steps)
-    packing: dict[str, Any] = {"batch": config.batch, "seq": config.seq, "seed": config.seed, "packing": config.packing}
-    stop = config.steps if stop is None else min(stop, config.steps)
+    made = make_training(config, text)
+    stop = made.steps if stop is None else min(stop, made.steps)
     lines: list[dict[str, float]] = []
     begin = time.perf_counter()
-    with train_batches(text.train, **packing, stop_step=stop) as batches:
-        for done, reached, arrived in steps(step, state, batches, rate, average_rate=rate_of_average, start=0, stop=stop):
-            state = reached
-            lines += arrived
-            told(done, lines[-1]["loss"] if lines else float("nan"))
-    return Course(state, lines, time.perf_counter() - begin, ops, flight)
+    for done, reached, arrived in made.run(stop):
+        state = reached
+        lines += arrived
+        told(done, lines[-1]["loss"] if lines else float("nan"))
+    return Course(state, lines, time.perf_counter() - begin, made.ops, made.flight)
+
+
+class Training(NamedTuple):
+    """An experiment about to be trained."""
+
+    steps: int
+    run: Callable[..., Generator[tuple[int, TrainState, list[dict[str, float]]]]]  # (stop, pause=...): what train.loop.steps yields
+    ops: lm.Ops
+    flight: Flight
+
+
+def make_training(config: Experiment, text: Material) -> Training:
+    """Its first state and its step; nothing is run yet."""
+    total = config.steps
+    assert total is not None
+    ops, flight = flight_of(config, device_facts(jax.devices()[0]))
+    fresh_state, step = beginning(config, config.model_config_of(text.tokenizer.vocab_size), flight, ops)
+    rate, rate_of_average = learning_rate(config.schedule, total), average_rate(config.average, total)
+    packing: dict[str, Any] = {"batch": config.batch, "seq": config.seq, "seed": config.seed, "packing": config.packing}
+
+    def run(stop: int, pause: Callable[[int], bool] = lambda done: False) -> Generator[tuple[int, TrainState, list[dict[str, float]]]]:
+        with train_batches(text.train, **packing, stop_step=stop) as batches:
+            yield from steps(step, fresh_state(), batches, rate, average_rate=rate_of_average, start=0, stop=stop, pause=pause)
+
+    return Training(total, run, ops, flight)
+
+
+def times_beside(one: Experiment, other: Experiment, text: Material, *, rounds: int, steps: int) -> list[float]:
+    """How much longer `other` takes for a token than `one`: the two take turns of so many steps, and each round gives the ratio of the
+    medians of its two turns, so that what slows the machine slows both. A round before them compiles and is not counted."""
+    turns = rounds + 1
+    pause = lambda done: done % steps == 0  # noqa: E731
+    runs = [make_training(each, text).run(turns * steps, pause) for each in (one, other)]
+    found = []
+    for _ in range(turns):
+        medians = []
+        for run in runs:
+            lines = [line for _, _, arrived in itertools.islice(run, steps) for line in arrived]
+            medians.append(float(np.median([line["step_s"] / line["tokens"] for line in lines])))
+        found.append(medians[1] / medians[0])
+    for run in runs:
+        run.close()
+    return found[1:]
 
 
 def changed(config: AnyExperiment, changes: dict[str, Any]) -> AnyExperiment:

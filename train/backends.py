@@ -26,11 +26,15 @@ CUDNN_COMPUTE_CAPABILITY = 8.0  # Ampere
 def choose_dtype(device: Mapping[str, Any]) -> Literal["float32", "bfloat16"]:
     """Of the blocks in training: bf16 where the device multiplies it faster than fp32.
 
-    On a CPU that is AMD's, from Zen 4 on: there bf16 steps were 1.8 times as fast as those in fp32. Intel's avx512_bf16 is no help to XLA's
-    products: on an Emerald Rapids Xeon without AMX they ran at 160 to 218 GF/s in bf16 and 280 in fp32, and bf16 steps took 1.07 (jax 0.12)
-    to 1.46 times (0.10) as long (docs/performance.md). With AMX it was not measured.
+    On a CPU that is AMD's, from Zen 4 on, where bf16 steps were 1.8 times as fast as those in fp32, and Intel's where it has AMX: there
+    steps of `pretrain_small` were 1.6 (jax 0.10) and 1.75 times as fast (0.12). Intel's avx512_bf16 alone is no help to XLA's products: on
+    an Emerald Rapids Xeon without AMX they ran at 160 to 218 GF/s in bf16 and 280 in fp32, and bf16 steps took 1.07 (jax 0.12) to 1.46
+    times (0.10) as long (docs/performance.md).
     """
-    return "bfloat16" if device["platform"] != "cpu" or (_has_bf16(device) and device.get("cpu_vendor") == "AuthenticAMD") else "float32"
+    fast = device["platform"] != "cpu" or (
+        _has_bf16(device) and (device.get("cpu_vendor") == "AuthenticAMD" or "amx_bf16" in device["cpu_flags"])
+    )
+    return "bfloat16" if fast else "float32"
 
 
 def choose_weights(device: Mapping[str, Any]) -> Literal["float32", "bfloat16"]:

@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -42,6 +42,7 @@ class RunLog:
         start_step: int = 0,
         quiet: bool = False,
         trackers: Trackers | None = None,
+        watch: Callable[[int, Mapping[str, Any]], None] = lambda step, metrics: None,
     ) -> None:
         """**Arguments:**
 
@@ -51,7 +52,8 @@ class RunLog:
           process that got further than its last checkpoint, are dropped, with a warning that counts them, so that the
           file reads as if the run had never stopped. After restoring step n, the next step logged is n + 1.
         - `quiet`: no bar and no words on the console, but for warnings and errors.
-        - `trackers`: told every number that is logged."""
+        - `trackers`: told every number that is logged.
+        - `watch`: called with every line, its step and its numbers."""
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.total_steps, self.start_step = total_steps, start_step
@@ -60,6 +62,7 @@ class RunLog:
         self._plain = not self._console.is_terminal and not quiet
         self._quiet = quiet
         self._trackers = trackers or Trackers([])
+        self._watch = watch
         self._shown: dict[str, float] = {}  # the latest of what the bar names
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -116,6 +119,7 @@ class RunLog:
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()  # a killed process loses at most the line it was writing
         self._trackers.log(int(step), {name: value for name, value in values.items() if isinstance(value, int | float)})
+        self._watch(int(step), values)
         self._shown |= {
             name: v for name, v in values.items() if name in ("loss", "val_loss", "tokens_per_s") and isinstance(v, int | float)
         }

@@ -23,15 +23,16 @@ def line(name, seed, bits, *, tokens=1000, step_s=0.5, steps=10):
 LINES = [
     *(line("baseline", seed, bits) for seed, bits in enumerate((2.0, 2.2, 2.1))),
     *(line("more_tokens", seed, bits, tokens=1500, steps=15) for seed, bits in enumerate((1.9, 2.1, 2.0))),
-    *(line("good", seed, bits, step_s=1.0) for seed, bits in enumerate((1.91, 2.10, 1.99))),
+    *(line("good", seed, bits) for seed, bits in enumerate((1.91, 2.10, 1.99))),
     *(line("bad", seed, bits) for seed, bits in enumerate((2.1, 2.2, 2.0))),
 ]
+TIMES = {"good": 2.0, "bad": 1.0}
 
 
 def test_differences_are_paired_by_seed_and_minutes_are_priced_in_tokens():
     """good: -0.09, -0.10, -0.11, so -0.10 ± t · 0.01/√3. It takes twice the seconds, so ln 2 fewer e-folds of tokens, each worth
     0.1 / ln 1.5 to the baseline: -0.10 + 0.1 ln 2 / ln 1.5 = 0.0710. bad: 0.1, 0, -0.1, so 0 and not decided."""
-    found = ablate_table.summed_up(LINES)
+    found = ablate_table.summed_up(LINES, TIMES)
     assert list(found) == ["good", "baseline", "bad"] or list(found) == ["good", "bad", "baseline"]
     good = found["good"]
     reach = student_t(2) * 0.01 / math.sqrt(3)
@@ -44,8 +45,8 @@ def test_differences_are_paired_by_seed_and_minutes_are_priced_in_tokens():
 
 
 def test_the_words_name_the_winners_and_stand_between_the_marks(tmp_path):
-    found = ablate_table.summed_up(LINES)
-    said = ablate_table.words(found, LINES, "stdlib")
+    found = ablate_table.summed_up(LINES, TIMES)
+    said = ablate_table.words(found, LINES, [], "stdlib")
     assert said.startswith("Measured on a card, bfloat16, jax 0: stdlib, ")
     assert "1,000 tokens a run (10 steps), 7 parameters, 0.500 s a step, 3 seeds; the baseline comes to 2.1000" in said
     assert "| `good` | -0.1000 | -0.1248 to -0.0752 | better | x 2.00 | +0.0710 |" in said
@@ -67,9 +68,9 @@ def test_the_words_name_the_winners_and_stand_between_the_marks(tmp_path):
 
 
 def test_without_runs_of_more_tokens_no_minutes_are_told():
-    found = ablate_table.summed_up([each for each in LINES if each["name"] != "more_tokens"])
+    found = ablate_table.summed_up([each for each in LINES if each["name"] != "more_tokens"], TIMES)
     assert math.isnan(found["good"]["at_same_minutes"])
-    assert "not known" in ablate_table.words(found, LINES, "stdlib")
+    assert "not known" in ablate_table.words(found, LINES, [], "stdlib")
 
 
 def test_every_switch_makes_an_experiment_that_can_be_and_differs_from_the_baseline():
@@ -118,7 +119,10 @@ def test_what_was_run_is_not_run_again_and_other_settings_are(texts, tmp_path, m
     how = {"data": str(texts), "file": tmp_path / "it.jsonl", "page": None, "picture": tmp_path / "it.png", "seeds": (0,)}
     found = main(Config(base=TINY, only=("relu2",), tokens=512, **how))
     lines = read_lines(tmp_path / "it.jsonl")
-    assert [(each["name"], each["steps"]) for each in lines] == [("baseline", 8), ("more_tokens", 12), ("relu2", 8)]
+    runs, times = [each for each in lines if "kind" not in each], [each for each in lines if "kind" in each]
+    assert [(each["name"], each["steps"]) for each in runs] == [("baseline", 8), ("more_tokens", 12), ("relu2", 8)]
+    assert [(each["name"], len(each["ratios"])) for each in times] == [("relu2", 6)]
+    assert found["relu2"]["time"] == np.median(times[0]["ratios"])
     assert found["baseline"]["bits_per_byte"] == lines[0]["bits_per_byte"] < 5
     assert (tmp_path / "it.png").exists()
 
@@ -126,6 +130,7 @@ def test_what_was_run_is_not_run_again_and_other_settings_are(texts, tmp_path, m
         raise AssertionError("it was run again")
 
     monkeypatch.setattr(ablate, "run_trial", refuse)
+    monkeypatch.setattr(ablate, "times_beside", refuse)
     assert main(Config(base=TINY, only=("relu2",), tokens=512, **how)) == found
     with pytest.raises(AssertionError, match="run again"):
         main(Config(base=TINY, only=("relu2",), tokens=1024, **how))

@@ -90,6 +90,7 @@ def test_the_best_of_each_side_is_raced_and_nothing_is_run_twice(how, monkeypatc
             "last_loss": math.nan,
             "torch": "0",
             "steps": 1,
+            "step_s": seconds,
         }
 
     monkeypatch.setattr(baseline, "run_trial", ours)
@@ -97,9 +98,9 @@ def test_the_best_of_each_side_is_raced_and_nothing_is_run_twice(how, monkeypatc
     monkeypatch.setattr(baseline, "check_torch", lambda config: None)
     found = main(Config(**how))
     assert found["best"] == {"ours": (0.02, 2), "torch": (0.01, 4)}
-    assert len(ran) == 2 * 4 + 2  # the grid, and the shorter budget of both
-    assert found["courses"]["ours"] == [(10.0, 2.0), (20.0, 1.5)]
-    assert found["courses"]["torch"] == [(30.0, 2.2), (60.0, pytest.approx(1.7))]
+    assert len(ran) == 2 * 4 + 2 * 2  # the grid, and the race of both
+    assert found["courses"]["ours"] == [(10.0, 0.2, 2.0), (20.0, 0.4, 1.5)]
+    assert found["courses"]["torch"] == [(30.0, 30.0, 2.2), (60.0, 60.0, pytest.approx(1.7))]
     page = how["page"].read_text()
     assert "| ours | 2 | 1.8000 | **1.5000** |" in page
     assert "| PyTorch | 4 | **1.7000** | 2.0000 |" in page

@@ -89,7 +89,7 @@ def test_it_is_found_among_those_of_the_project_or_named(tmp_path, monkeypatch, 
     assert curve_for("pretrain_small", Config(steps=50), IDENTITY) is None
     assert "no reference curve for this run: pretrain_small-40.json: another steps" in said[-1]
     with pytest.raises(ValueError, match="is not the curve of this run: another steps"):
-        curve_for("pretrain_small", Config(steps=50), IDENTITY, tmp_path / "pretrain_small-40.json")
+        curve_for("pretrain_small", Config(steps=50, curve=tmp_path / "pretrain_small-40.json"), IDENTITY)
     (tmp_path / "bad.json").write_text('{"recipe": 3}')
     with pytest.raises(ValueError, match=r"bad\.json is no reference curve"):
         read_curve(tmp_path / "bad.json")
@@ -100,7 +100,7 @@ def run_folder(folder, seed, losses, **changes):
     config = Config(**{"steps": len(losses), "seed": seed} | changes)
     (folder / "config.json").write_text(json.dumps(config.model_dump(mode="json", exclude={"resume", "run_dir"})))
     session = {"command": ["python", "-m", "recipes.pretrain_small"], "commit": "abc", "device": {"device_kind": "cpu"}, "ran_with": {}}
-    manifest = {"sessions": [session], "corpus": {"sha256": "c"}, "tokenizer": {"digest": "t"}, "seed": seed}
+    manifest = {"sessions": [session], "identity": {**IDENTITY, "model": "m"}, "seed": seed}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (folder / "metrics.jsonl").write_text("".join(json.dumps({"step": i, "loss": x}) + "\n" for i, x in enumerate(losses, start=1)))
     return folder
@@ -110,7 +110,7 @@ def test_a_curve_is_made_of_runs(tmp_path):
     """Means of two steps: 5, 3 and 5.4, 3; so 5.2, 3.0 in the mean. Spreads 0.2√2 and 0, smoothed over both √((0.08 + 0) / 2) = 0.2, four
     of them 0.8."""
     runs = run_folder(tmp_path / "a", 0, [6.0, 4.0, 3.0, 3.0, 1.0]), run_folder(tmp_path / "b", 7, [5.4, 5.4, 2.0, 4.0, 1.0])
-    path = golden.main(golden.Config(runs=runs, to=tmp_path / "out", every=2, first=3, picture=tmp_path / "it.png"))
+    path = golden.main(golden.Config(runs=runs, to=tmp_path / "out", every=2, first=3, without=("model",), picture=tmp_path / "it.png"))
     assert path.name == "pretrain_small-5.json"
     found = read_curve(path)
     np.testing.assert_allclose(found.losses, [5.2, 3.0])
@@ -120,15 +120,32 @@ def test_a_curve_is_made_of_runs(tmp_path):
     assert (tmp_path / "it.png").read_bytes().startswith(b"\x89PNG")
     alone = read_curve(golden.main(golden.Config(runs=runs[:1], to=tmp_path / "alone", every=2, least=0.07)))
     assert alone.tolerances == (0.07, 0.07)
+    assert alone.why_not("pretrain_small", Config(steps=5), IDENTITY) == "another model"
+    short = run_folder(tmp_path / "c", 3, [6.0, 4.0], steps=5)  # was stopped: the curve is of the beginning
+    assert read_curve(golden.main(golden.Config(runs=(short, runs[0]), to=tmp_path / "short", every=2))).losses == (5.0,)
 
 
-def test_runs_that_are_not_alike_or_have_not_ended_make_none(tmp_path):
+def test_another_number_than_the_loss_can_be_followed(tmp_path):
+    run = run_folder(tmp_path / "a", 0, [6.0, 4.0])
+    (run / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": i, "reward": x, "loss": 9.0}) + "\n" for i, x in enumerate((0, 0.5, 0.7)))
+    )
+    found = read_curve(golden.main(golden.Config(runs=(run,), to=tmp_path, every=2, metric="reward")))
+    assert (found.metric, found.losses) == ("reward", (0.6,))  # what stands before the first step is none of it
+    watch = Watch(found)
+    for step, reward in ((1, 0.1), (2, 0.2)):
+        watch.line(step, {"loss": 0.6, "reward": reward})
+        watch.line(step, {"pass@1": 0.6})
+    assert watch.record() == {"left_reference_curve_at": [2]}
+
+
+def test_runs_that_are_not_alike_make_none(tmp_path):
     one = run_folder(tmp_path / "a", 0, [6.0, 4.0])
     with pytest.raises(ValueError, match="the runs differ in their settings: a is not like b"):
         golden.main(golden.Config(runs=(one, run_folder(tmp_path / "b", 1, [6.0, 4.0], batch=4)), to=tmp_path, every=1))
-    short = run_folder(tmp_path / "c", 1, [6.0, 4.0])
-    (short / "metrics.jsonl").write_text('{"step": 1, "loss": 6.0}\n')
-    with pytest.raises(ValueError, match="has the losses of 1 steps of 2: has it ended"):
-        golden.main(golden.Config(runs=(one, short), to=tmp_path, every=1))
+    with pytest.raises(ValueError, match=r"has no 'reward' in its metrics.jsonl: expected one of loss, step"):
+        golden.main(golden.Config(runs=(one,), to=tmp_path, every=1, metric="reward"))
+    with pytest.raises(ValueError, match=r"--without base: the runs have corpus, tokenizer, model"):
+        golden.main(golden.Config(runs=(one,), to=tmp_path, every=1, without=("base",)))
     with pytest.raises(FileNotFoundError, match=r"manifest.json does not exist"):
         golden.main(golden.Config(runs=(tmp_path / "nowhere",), to=tmp_path))

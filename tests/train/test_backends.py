@@ -7,6 +7,7 @@ from train.backends import attention_of, choose_backend, choose_dtype, choose_we
 
 CPU = {"platform": "cpu", "device_kind": "cpu", "cpu_flags": ["avx2", "avx512_bf16"], "cpu_vendor": "AuthenticAMD"}
 XEON = CPU | {"cpu_vendor": "GenuineIntel"}
+XEON_AMX = XEON | {"cpu_flags": [*CPU["cpu_flags"], "amx_bf16"]}
 OLD_CPU = CPU | {"cpu_flags": ["avx2"]}
 H100 = {"platform": "gpu", "device_kind": "NVIDIA H100 80GB HBM3", "compute_capability": "9.0"}
 T4 = {"platform": "gpu", "device_kind": "Tesla T4", "compute_capability": "7.5"}
@@ -44,7 +45,7 @@ def test_auto_takes_the_first_that_can(device, changes, name):
 
 
 def test_the_dtype_is_bf16_where_the_device_multiplies_it():
-    expected = {"bfloat16": (CPU, H100, TPU), "float32": (OLD_CPU, XEON)}
+    expected = {"bfloat16": (CPU, XEON_AMX, H100, TPU), "float32": (OLD_CPU, XEON)}
     assert all(choose_dtype(device) == dtype for dtype, devices in expected.items() for device in devices)
 
 
