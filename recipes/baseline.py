@@ -54,9 +54,9 @@ class Config(RecipeConfig):
 
     sides: tuple[Side, ...] = Field(("ours", "torch"), min_length=1, description="who runs")
     ours: Literal["pretrain_small", "speedrun"] = Field("pretrain_small", description="our side: the default recipe, or our own drawing")
-    rates: tuple[float, ...] = Field((1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), min_length=1, description="peak learning rates of the grid")
-    batches: tuple[int, ...] = Field((8, 16), min_length=1, description="rows a step of the grid")
-    tokens: int = Field(1_000_000, gt=0, description="tokens of each run of the grid")
+    rates: tuple[float, ...] = Field((5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), min_length=1, description="peak learning rates of the grid")
+    batches: tuple[int, ...] = Field((4, 8), min_length=1, description="rows a step of the grid")
+    tokens: int = Field(500_000, gt=0, description="tokens of each run of the grid")
     budgets: tuple[float, ...] = Field((0.5, 1.0, 2.0, 4.0), description="times as many in the race of the two best")
     race: bool = Field(True, description="race the best of each after the grid")
     seed: int = Field(0, ge=0, description="of both sides")

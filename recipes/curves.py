@@ -15,7 +15,19 @@ from recipes.running import RunConfig
 
 CURVES = Path(__file__).parents[1] / "docs" / "golden"  # there in a checkout
 # Settings that do not change what is trained, or are known otherwise (text and models by their digests): those of RunConfig, and these.
-BESIDE = {*RunConfig.model_fields, "data", "seed", "preset", "minutes", "max_epochs", "report_samples", "model", "teacher", "gap_limit"}
+BESIDE = {
+    *RunConfig.model_fields,
+    "data",
+    "seed",
+    "preset",
+    "minutes",
+    "max_epochs",
+    "report_samples",
+    "source",
+    "model",
+    "teacher",
+    "gap_limit",
+}
 
 
 class Curve(BaseModel, frozen=True, extra="forbid"):

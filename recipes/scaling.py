@@ -51,7 +51,7 @@ class Config(RecipeConfig):
 
     part: PartName = Field("sizes", description="the ladder of sizes; widths with a grid of something; sizes at equal computation")
     sizes: tuple[str, ...] = Field(
-        ("64x2", "96x3", "128x4", "192x4", "256x6"), min_length=3, description="width x layers of each size, the largest last"
+        ("64x2", "96x3", "128x4", "192x4", "256x4"), min_length=3, description="width x layers of each size, the largest last"
     )
     tokens_per_parameter: float = Field(
         1.0, gt=0, description="tokens that a size is trained on, over its parameters; 20 in arXiv:2203.15556"

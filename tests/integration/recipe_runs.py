@@ -3,6 +3,7 @@ not what is tested, the same module in this process."""
 
 import contextlib
 import io
+import json
 import os
 import runpy
 import subprocess
@@ -12,6 +13,8 @@ import warnings
 from pathlib import Path
 
 from quick_xla import FLAGS
+
+from recipes import golden
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,6 +50,16 @@ def run_here(arguments: list[str], recipe: str = "pretrain_small") -> tuple[int,
     finally:
         sys.argv = typed
     return 0, said.getvalue()
+
+
+def curve_of(run: Path, to: Path, metric: str = "loss") -> Path:
+    """The reference curve of a run, with a narrow band, a step at a time."""
+    return golden.main(golden.Config(runs=(run,), to=to, every=1, least=1e-3, metric=metric))
+
+
+def left_at(run: Path) -> list[int]:
+    """Where a run left its reference curve."""
+    return json.loads((run / "results.json").read_text())["left_reference_curve_at"]
 
 
 def start(arguments: list[str], cache: Path, recipe: str = "pretrain_small", **more: str) -> subprocess.Popen:

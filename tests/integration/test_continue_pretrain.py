@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from hub_state import problems
-from integration.recipe_runs import corpus
+from integration.recipe_runs import corpus, curve_of, left_at
 from loguru import logger
 from pages import metrics_told, metrics_written
 from tiny import tiny
@@ -157,10 +157,12 @@ def test_cut_off_it_goes_on_to_the_identical_result(run, texts, tmp_path):
     for name in ("results.json", "forgetting.png"):
         (again / name).unlink()
     shutil.rmtree(again / "export")
-    config = parse(Config, "", recipe="continue_pretrain", argv=["--resume", "--run-dir", str(again)])
+    curve = curve_of(folder, tmp_path / "curves")
+    config = parse(Config, "", recipe="continue_pretrain", argv=["--resume", "--run-dir", str(again), "--curve", str(curve)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ZMAJ_CACHE_DIR", str(texts / "cache"))
         main(config)
+    assert left_at(again) == []
     assert lines(again) == lines(folder)
     one, other = (jax.tree.leaves(lm.load_pretrained(each / "export")) for each in (again, folder))
     for a, b in zip(one, other, strict=True):
@@ -169,7 +171,7 @@ def test_cut_off_it_goes_on_to_the_identical_result(run, texts, tmp_path):
     other_model = tmp_path / "other"
     shutil.copytree(texts / "model", other_model)
     lm.save_pretrained(tiny("gpt2", seed=1, vocab=400, dropout=0.1, init_std=0.05), other_model)
-    changed = changed.model_copy(update={"source": other_model})
+    changed = changed.model_copy(update={"source": other_model, "curve": None})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ZMAJ_CACHE_DIR", str(texts / "cache"))
         with pytest.raises(ValueError, match=r"this run was trained on .*'model': .*; now they are"):

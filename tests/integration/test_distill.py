@@ -7,6 +7,7 @@ import shutil
 import jax.random as jr
 import numpy as np
 import pytest
+from integration.recipe_runs import curve_of, left_at
 from loguru import logger
 from safetensors.numpy import load_file
 from tiny import tiny
@@ -108,7 +109,9 @@ def test_from_what_was_kept_it_learns_alike_and_goes_on_after_a_cut_and_damage(m
     (again / "results.json").unlink()
     (part,) = (made / "cache" / "teachers").glob("top6-*/rows-00000000")
     (part / "log_probs.bin").write_bytes(b"gone")
-    main(parse(Config, "", recipe="distill", argv=["--resume", "--run-dir", str(again)]))
+    curve = curve_of(folder, tmp_path / "curves")
+    main(parse(Config, "", recipe="distill", argv=["--resume", "--run-dir", str(again), "--curve", str(curve)]))
+    assert left_at(again) == []
     whole, resumed = (load_file(each / "export" / "model.safetensors") for each in (folder, again))
     for name in whole:
         np.testing.assert_array_equal(whole[name], resumed[name])

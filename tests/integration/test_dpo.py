@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from integration.recipe_runs import curve_of
 from safetensors.numpy import load_file
 from tiny import tiny
 
@@ -68,7 +69,10 @@ def test_the_preferred_answer_becomes_likelier(run) -> None:
 def test_a_copy_of_the_start_is_the_same_reference_and_a_resumed_run_the_same_run(start, run) -> None:
     prefer(start, start / "copied", reference="copy", steps=3)
     saved = load_config(Config, start / "copied")
-    main(saved.model_copy(update={"resume": True, "run_dir": start / "copied", "steps": 6}))
+    going_on = saved.model_copy(update={"resume": True, "run_dir": start / "copied", "steps": 6})
+    with pytest.raises(ValueError, match="is not the curve of this run: another reference"):
+        main(going_on.model_copy(update={"curve": curve_of(start / "run", start / "curves")}))
+    main(going_on)
     one, other = (load_file(start / name / "export" / "model.safetensors") for name in ("run", "copied"))
     for name in one:
         np.testing.assert_allclose(one[name], other[name], atol=1e-5)

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from integration.recipe_runs import run_here
+from integration.recipe_runs import curve_of, left_at, run_here
 from safetensors.numpy import load_file
 from tiny import tiny
 
@@ -59,7 +59,9 @@ def test_it_learns_from_the_files_and_is_measured_on_the_other(start, run) -> No
 def test_stopped_and_resumed_it_is_the_same_run(start, run, tmp_path) -> None:
     learn(start, tmp_path / "run", steps=1)
     saved = load_config(Config, tmp_path / "run")
-    main(saved.model_copy(update={"resume": True, "run_dir": tmp_path / "run", "steps": 2}))
+    curve = curve_of(start / "run", tmp_path / "curves", "reward")
+    main(saved.model_copy(update={"resume": True, "run_dir": tmp_path / "run", "steps": 2, "curve": curve}))
+    assert left_at(tmp_path / "run") == []
     one, other = (load_file(folder / "export" / "model.safetensors") for folder in (start / "run", tmp_path / "run"))
     for name in one:
         np.testing.assert_array_equal(one[name], other[name])

@@ -5,7 +5,7 @@ import json
 import jax.random as jr
 import numpy as np
 import pytest
-from integration.recipe_runs import run_here
+from integration.recipe_runs import curve_of, left_at, run_here
 from safetensors.numpy import load_file
 from tiny import tiny
 
@@ -74,7 +74,9 @@ def test_a_resumed_run_is_the_same_run(start, run, tmp_path) -> None:
     with pytest.raises(ValueError, match="--resume to go on with it"):
         judge(start, tmp_path / "run")
     saved = load_config(Config, tmp_path / "run")
-    main(saved.model_copy(update={"resume": True, "run_dir": tmp_path / "run", "steps": 8}))
+    curve = curve_of(start / "run", tmp_path / "curves")
+    main(saved.model_copy(update={"resume": True, "run_dir": tmp_path / "run", "steps": 8, "curve": curve}))
+    assert left_at(tmp_path / "run") == []
     lines = [
         {name: value for name, value in line.items() if not name.endswith("_s")}
         for line in read_metrics(tmp_path / "run" / "metrics.jsonl")

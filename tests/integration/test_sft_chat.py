@@ -11,7 +11,7 @@ import weakref
 import jax
 import numpy as np
 import pytest
-from integration.recipe_runs import finish, start
+from integration.recipe_runs import curve_of, finish, left_at, start
 from integration.recipe_runs import run as run_recipe
 from loguru import logger
 from pages import metrics_told, metrics_written
@@ -158,7 +158,10 @@ def test_cut_off_it_goes_on_to_the_identical_result(run, tmp_path):
     shutil.rmtree(again / "checkpoints" / "8")
     shutil.rmtree(again / "export")
     (again / "results.json").unlink()
-    main(parse(Config, "", recipe="sft_chat", argv=["--resume", "--run-dir", str(again)]))
+    curve = curve_of(folder, tmp_path / "curves")
+    curve.write_text(json.dumps(json.loads(curve.read_text()) | {"losses": [9.0] * 8}))  # what a broken change would look like
+    main(parse(Config, "", recipe="sft_chat", argv=["--resume", "--run-dir", str(again), "--curve", str(curve)]))
+    assert len(left_at(again)) == 1
     assert lines(again) == lines(folder)
     for a, b in zip(*(jax.tree.leaves(lm.load_pretrained(each / "export")) for each in (again, folder)), strict=True):
         np.testing.assert_array_equal(a, b)
