@@ -38,7 +38,7 @@ from recipes.command_line import RecipeConfig, fail
 from recipes.running import ENDS_IN_WORDS
 from recipes.trial import Material, append_line, changed, machine, material, read_lines, run_trial, settings_digest, times_beside
 from train.logs import plain_messages, progress
-from train.optimizers import OptimizerConfig
+from train.optimizers import OptimizerConfig, ScheduleConfig
 from train.runtime import choose_device, compilation_cache
 from train.transfer import MATRICES
 
@@ -163,7 +163,8 @@ def main(config: Config) -> dict[str, Any]:
 def experiments(config: Config) -> dict[str, speedrun.Experiment]:
     """The settings of each run by its name, the baseline first; their seed is not set yet."""
     # What all is compared with stays what it was, whatever becomes the default of pretrain_small.
-    plain = speedrun.Experiment(data=config.data, optimizer=OptimizerConfig(), **speedrun.PRESETS[config.preset])
+    fixed = {"data": config.data, "optimizer": OptimizerConfig(), "schedule": ScheduleConfig()}
+    plain = speedrun.Experiment(**(speedrun.PRESETS[config.preset] | fixed))
     base = changed(plain, nested(config.base))
     names = [BASELINE, MORE_TOKENS, *(name for name in config.only or SWITCHES if name not in (BASELINE, MORE_TOKENS))]
     found: dict[str, speedrun.Experiment] = {}

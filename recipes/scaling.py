@@ -14,7 +14,7 @@ Series of short runs (`recipes.trial`), each run a line of `--file`, and what is
 
     python -m recipes.scaling --part sizes
     python -m recipes.scaling --part widths --rules constant mup --optimizer muon
-    python -m recipes.scaling --part batches --rules mup --rate 1e-2
+    python -m recipes.scaling --part batches --rules power
     python -m recipes.scaling --table-only
 """
 
@@ -56,16 +56,16 @@ class Config(RecipeConfig):
     tokens_per_parameter: float = Field(
         1.0, gt=0, description="tokens that a size is trained on, over its parameters; 20 in arXiv:2203.15556"
     )
-    widths: tuple[int, ...] = Field((64, 128, 256, 512), min_length=2, description="widths; the first is the base of the rules")
+    widths: tuple[int, ...] = Field((32, 64, 128, 256), min_length=2, description="widths; the first is the base of the rules")
     rates: tuple[float, ...] = Field(
-        (1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2), min_length=3, description="peak learning rates at the base, each tried at every width"
+        (1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2), min_length=3, description="peak learning rates at the base, each tried at every width"
     )
-    rate: float = Field(1e-2, gt=0, description="batches and decays: peak learning rate at the base's width and --batch")
+    rate: float = Field(1.72e-2, gt=0, description="batches, decays: peak learning rate at the base's width and --batch")
     batches: tuple[int, ...] = Field((2, 4, 8, 16, 32), min_length=3, description="rows a step, each tried at every width")
     decays: tuple[float, ...] = Field((0.025, 0.05, 0.1, 0.2, 0.4), min_length=3, description="weight decays, each tried at every width")
     budgets: tuple[float, ...] = Field((2e12, 6e12, 1.8e13), min_length=2, description="tokens: 6 x parameters x tokens of a run")
     rules: tuple[RuleName, ...] = Field(("constant", "mup"), min_length=1, description="rules of train.transfer")
-    exponent: float | None = Field(None, description="of the learning rate in mup, where it was measured; None: the theory's")
+    exponent: float | None = Field(None, description="of the learning rate in mup and power; None: the theory's, and the measured one")
     layers: int = Field(4, ge=1, description="widths: layers of every model")
     tokens: int = Field(300_000, gt=0, description="widths: tokens of every run")
     seeds: tuple[int, ...] = Field((0,), min_length=1, description="of weights, data order and dropout")
@@ -269,9 +269,9 @@ def widened(config: Config, rule: RuleName, width: int, value: float) -> speedru
     found = transferred(rule, config.optimizer, width, config.widths[0], config.exponent)
     decay = value if varied == "decay" else plain.optimizer.weight_decay
     batch = int(value) if varied == "batch" else config.batch
-    rate = value if varied == "rate" else config.rate * (batch / config.batch) ** 0.5
+    rate = found.all * (value if varied == "rate" else config.rate * (batch / config.batch) ** 0.5)
     settings: dict[str, Any] = {"optimizer": {"weight_decay": decay}}
-    if rule != "constant":
+    if rule == "mup":
         settings = changes(found, init_std=plain.init_std, weight_decay=decay)
     return changed(plain, {**settings, "schedule": {"peak": rate}, "batch": batch, "steps": max(1, config.tokens // (batch * config.seq))})
 

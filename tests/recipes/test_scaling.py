@@ -20,6 +20,8 @@ def test_a_wider_run_is_the_base_as_the_rule_says():
     assert wide.optimizer.weight_decay == 0.2
     assert (wide.n_heads, wide.d_ff) == (8, 688)
     assert widened(config, "constant", 256, 0.004).optimizer.learning_rate_of == {}
+    power = widened(config.model_copy(update={"exponent": 0.5}), "power", 256, 0.004)
+    assert (power.optimizer.learning_rate_of, power.schedule.peak) == ({}, 0.002)
 
 
 def test_a_grid_of_batches_takes_the_rate_along_and_one_of_decays_leaves_it():

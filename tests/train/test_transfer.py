@@ -16,10 +16,11 @@ from train.transfer import changes, transferred
 @pytest.mark.parametrize(("optimizer", "rate"), [("adamw", 1 / 4), ("muon", 1 / 2)], ids=["entries add up", "singular values are alike"])
 def test_factors_at_four_times_the_width(optimizer, rate):
     found = transferred("mup", optimizer, 512, 128)
-    assert found == (rate, 1 / 2, 1 / 4, 1 / rate)
+    assert found == (rate, 1 / 2, 1 / 4, 1 / rate, 1)
     assert transferred("mup", optimizer, 512, 128, exponent=0.0).rate == 1
-    assert transferred("constant", optimizer, 512, 128) == (1, 1, 1, 1)
-    assert transferred("mup", optimizer, 128, 128) == (1, 1, 1, 1)
+    assert transferred("constant", optimizer, 512, 128) == (1, 1, 1, 1, 1)
+    assert transferred("mup", optimizer, 128, 128) == (1, 1, 1, 1, 1)
+    assert transferred("power", optimizer, 512, 128, exponent=0.5) == (1, 1, 1, 1, 1 / 2)
 
 
 def moved(rule, width):
