@@ -63,6 +63,7 @@ from train.pictures import plot_update_ratios
 from train.publish import export
 from train.runtime import choose_device, compilation_cache, device_facts, memory_in_use, peak_flops
 from train.step import CompiledStep, StepConfig, TrainState, init_state, make_step, make_token_nats
+from train.transfer import PEAK
 
 # ------------------------------------------------------------------------------------------- config
 
@@ -137,12 +138,19 @@ class Config(Experiment):
     preset: Literal["1m", "4m", "14m", "30m", "60m"] = Field("4m", description="sizes of model and batch, by parameter count")
 
 
+def sized(*, vocab: int, d_model: int, n_layers: int, d_ff: int, seq: int, batch: int) -> dict[str, Any]:
+    """A preset: heads 64 wide, and the settings that go along with the width by the rules of `train.transfer`."""
+    heads = d_model // 64
+    sizes = {"vocab": vocab, "d_model": d_model, "n_layers": n_layers, "n_heads": heads, "n_kv_heads": heads, "d_ff": d_ff}
+    return sizes | {"seq": seq, "batch": batch, "schedule": ScheduleConfig(peak=float(f"{PEAK.at(d_model):.2g}"))}
+
+
 PRESETS: dict[str, dict[str, Any]] = {
-    "1m": {"vocab": 2048, "d_model": 128, "n_layers": 4, "n_heads": 2, "n_kv_heads": 2, "d_ff": 352, "seq": 256, "batch": 8},
+    "1m": sized(vocab=2048, d_model=128, n_layers=4, d_ff=352, seq=256, batch=8),
     "4m": {},
-    "14m": {"vocab": 8192, "d_model": 384, "n_layers": 6, "n_heads": 6, "n_kv_heads": 6, "d_ff": 1024, "seq": 512, "batch": 8},
-    "30m": {"vocab": 8192, "d_model": 512, "n_layers": 8, "n_heads": 8, "n_kv_heads": 8, "d_ff": 1376, "seq": 512, "batch": 16},
-    "60m": {"vocab": 16384, "d_model": 640, "n_layers": 10, "n_heads": 10, "n_kv_heads": 10, "d_ff": 1728, "seq": 512, "batch": 32},
+    "14m": sized(vocab=8192, d_model=384, n_layers=6, d_ff=1024, seq=512, batch=8),
+    "30m": sized(vocab=8192, d_model=512, n_layers=8, d_ff=1376, seq=512, batch=16),
+    "60m": sized(vocab=16384, d_model=640, n_layers=10, d_ff=1728, seq=512, batch=32),
 }
 
 # ------------------------------------------------------------------------------------------- main

@@ -45,7 +45,7 @@ def test_a_saved_config_comes_back_and_only_resumable_fields_may_change(tmp_path
     assert left.value.code == 2
     words = capsys.readouterr().err
     assert "--seed: the run has 3, asked for is 4" in words
-    assert "--schedule.peak: the run has 0.005, asked for is 0.1" in words
+    assert "--schedule.peak: the run has 0.0082, asked for is 0.1" in words
     assert "--steps" in words.split("May differ:")[1]
 
 

@@ -9,8 +9,9 @@ import pytest
 import lm
 from lm.base import leaves_by_path
 from lm.models.zmaj import ZmajConfig
+from recipes.pretrain_small import PRESETS, Config
 from train.optimizers import OptimizerConfig, build_optimizer
-from train.transfer import changes, transferred
+from train.transfer import PEAK, POWER, changes, transferred
 
 
 @pytest.mark.parametrize(("optimizer", "rate"), [("adamw", 1 / 4), ("muon", 1 / 2)], ids=["entries add up", "singular values are alike"])
@@ -54,3 +55,10 @@ def test_under_mup_a_step_moves_features_as_far_at_eight_times_the_width():
     assert 1 / 1.5 < wide / narrow < 1.5
     assert moved("constant", 256) > 0
     np.testing.assert_allclose(moved("constant", 32), narrow, rtol=1e-5)
+
+
+def test_the_peak_goes_with_a_power_of_the_width_through_the_defaults():
+    assert PEAK.at(256) == Config().schedule.peak
+    assert PEAK.at(512) / PEAK.at(256) == pytest.approx(2**-POWER)
+    assert PRESETS["30m"]["schedule"].peak == pytest.approx(PEAK.at(512), rel=0.02)
+    assert transferred("power", "muon", 512, 256).all == pytest.approx(PEAK.at(512) / PEAK.at(256))
