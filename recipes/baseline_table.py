@@ -105,7 +105,9 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
         axis.plot([line["train_s"] for line in here], [line["bits_per_byte"] for line in here], ".", color=color, alpha=0.4)
         if course := found["courses"].get(side):
             axis.plot([run[0] for run in course], [run[2] for run in course], "o-", color=color, label=f"{NAMES[side]}, best of its grid")
-    axis.set(xscale="log", xlabel="seconds of training", ylabel="bits per byte, held out")
+    axis.set(xscale="log", xlabel="seconds of training, compilation too", ylabel="bits per byte, held out")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("{x:g}")
     axis.legend(fontsize="small")
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)

@@ -1,6 +1,6 @@
 """What `recipes.scaling` found, as tables and pictures."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,7 @@ def draw_sizes(found: Mapping[str, Any], path: Path) -> None:
     if last.any():
         axis.plot(sizes[last], bits[last], "D", color="tab:orange", label="came to")
     axis.set(xscale="log", xlabel="parameters", ylabel="bits per byte, held out")
+    _ticks_of_sizes(axis, found["parameters"])
     _finish(plt, figure, [axis], path)
 
 
@@ -147,6 +148,8 @@ def draw_grid(found: Mapping[str, Any], path: Path) -> None:
             values = sorted(course)
             axis.plot(values, [np.mean(course[value]) for value in values], "o-", markersize=3, linewidth=1, label=f"width {width}")
         axis.set(xscale="log", xlabel=f"{VALUES[found['varied']]} at the base's width", title=rule)
+        tried = sorted({line["value"] for line in found["lines"]})
+        ticks_at(axis, tried, [f"{value:g}" for value in tried])
     axes[0].set_ylabel("bits per byte, held out")
     bits = [line["bits_per_byte"] for line in found["lines"]]
     axes[0].set_ylim(min(bits) - 0.02, min(bits) + 3 * (np.median(bits) - min(bits)) + 0.05)
@@ -163,7 +166,18 @@ def draw_tokens(found: Mapping[str, Any], path: Path) -> None:
         if budget in found["best"]:
             axis.axvline(found["best"][budget], color=line.get_color(), linewidth=0.8, linestyle=":")
     axis.set(xscale="log", xlabel="parameters (dotted: the best)", ylabel="bits per byte, held out")
+    _ticks_of_sizes(axis, found["parameters"])
     _finish(plt, figure, [axis], path)
+
+
+def ticks_at(axis: Any, places: Sequence[float], labels: Sequence[str]) -> None:
+    """Ticks of a logarithmic axis there and nowhere else."""
+    axis.set_xticks(places, labels)
+    axis.minorticks_off()
+
+
+def _ticks_of_sizes(axis: Any, parameters: Mapping[str, int]) -> None:
+    ticks_at(axis, list(parameters.values()), [f"{n / 1e6:.2g}M" for n in parameters.values()])
 
 
 def _finish(plt: Any, figure: Any, axes: Any, path: Path) -> None:
