@@ -14,7 +14,7 @@ MORE = 1.5  # times the baseline's tokens, in the runs that say what a token is 
 MARKS = ("<!-- the table of recipes.ablate begins -->", "<!-- the table of recipes.ablate ends -->")
 
 
-def summed_up(lines: Sequence[Mapping[str, Any]], times: Mapping[str, float] | None = None) -> dict[str, dict[str, Any]]:
+def summed_up(lines: Sequence[Mapping[str, Any]], times: Mapping[str, float]) -> dict[str, dict[str, Any]]:
     """By name, the best first: `bits_per_byte` (mean over seeds), `difference` (an `Estimate`, to the baseline with the same seed), `time`
     (of a token, over the baseline's, from `times`), `at_same_minutes` (the difference to expect then). NaN stands for what is not known:
     the time, or the price of a token."""
@@ -29,7 +29,7 @@ def summed_up(lines: Sequence[Mapping[str, Any]], times: Mapping[str, float] | N
         if name == "more_tokens" or not seeds:
             continue
         difference = mean_of_few([runs[s]["bits_per_byte"] - base[s]["bits_per_byte"] for s in seeds])
-        time = 1.0 if name == "baseline" else (times or {}).get(name, math.nan)
+        time = 1.0 if name == "baseline" else times.get(name, math.nan)
         found[name] = {
             "bits_per_byte": float(np.mean([runs[s]["bits_per_byte"] for s in seeds])),
             "difference": difference,

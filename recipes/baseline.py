@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -54,10 +54,14 @@ class Config(RecipeConfig):
 
     sides: tuple[Side, ...] = Field(("ours", "torch"), min_length=1, description="who runs")
     ours: Literal["pretrain_small", "speedrun"] = Field("pretrain_small", description="our side: the default recipe, or our own drawing")
-    rates: tuple[float, ...] = Field((5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), min_length=1, description="peak learning rates of the grid")
-    batches: tuple[int, ...] = Field((4, 8), min_length=1, description="rows a step of the grid")
+    rates: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), min_length=1, description="peak learning rates of the grid"
+    )
+    batches: tuple[Annotated[int, Field(gt=0)], ...] = Field((4, 8), min_length=1, description="rows a step of the grid")
     tokens: int = Field(500_000, gt=0, description="tokens of each run of the grid")
-    budgets: tuple[float, ...] = Field((0.5, 1.0, 2.0, 4.0), description="times as many in the race of the two best")
+    budgets: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (0.5, 1.0, 2.0, 4.0), description="times as many in the race of the two best"
+    )
     race: bool = Field(True, description="race the best of each after the grid")
     seed: int = Field(0, ge=0, description="of both sides")
     preset: Literal["1m", "4m", "14m", "30m", "60m"] = Field("4m", description="sizes, as in pretrain_small")

@@ -46,6 +46,10 @@ def main(config: Config) -> Path:
     records = [json.loads(read_file(run / "manifest.json")) for run in config.runs]
     settings = [without_beside(json.loads(read_file(run / CONFIG_FILE))) for run in config.runs]
     recipes = {record["sessions"][-1]["command"][2].removeprefix("recipes.") for record in records}
+    if old := [run.name for run, record in zip(config.runs, records, strict=True) if "identity" not in record]:
+        raise ValueError(
+            f"{old[0]} does not say what it was made from (no identity in its manifest.json): it is of an older version; run it anew"
+        )
     if unknown := sorted(set(config.without) - records[0]["identity"].keys()):
         raise ValueError(f"--without {unknown[0]}: the runs have {', '.join(records[0]['identity'])}")
     identities = [{name: digest for name, digest in record["identity"].items() if name not in config.without} for record in records]

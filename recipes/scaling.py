@@ -21,7 +21,7 @@ Series of short runs (`recipes.trial`), each run a line of `--file`, and what is
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -57,13 +57,19 @@ class Config(RecipeConfig):
         1.0, gt=0, description="tokens that a size is trained on, over its parameters; 20 in arXiv:2203.15556"
     )
     widths: tuple[int, ...] = Field((32, 64, 128, 256), min_length=2, description="widths; the first is the base of the rules")
-    rates: tuple[float, ...] = Field(
+    rates: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2), min_length=3, description="peak learning rates at the base, each tried at every width"
     )
     rate: float = Field(1.72e-2, gt=0, description="batches, decays: peak learning rate at the base's width and --batch")
-    batches: tuple[int, ...] = Field((2, 4, 8, 16, 32), min_length=3, description="rows a step, each tried at every width")
-    decays: tuple[float, ...] = Field((0.025, 0.05, 0.1, 0.2, 0.4), min_length=3, description="weight decays, each tried at every width")
-    budgets: tuple[float, ...] = Field((2e12, 6e12, 1.8e13), min_length=2, description="tokens: 6 x parameters x tokens of a run")
+    batches: tuple[Annotated[int, Field(gt=0)], ...] = Field(
+        (2, 4, 8, 16, 32), min_length=3, description="rows a step, each tried at every width"
+    )
+    decays: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (0.025, 0.05, 0.1, 0.2, 0.4), min_length=3, description="weight decays, each tried at every width"
+    )
+    budgets: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (2e12, 6e12, 1.8e13), min_length=2, description="tokens: 6 x parameters x tokens of a run"
+    )
     rules: tuple[RuleName, ...] = Field(("constant", "mup"), min_length=1, description="rules of train.transfer")
     exponent: float | None = Field(None, description="of the learning rate in mup and power; None: the theory's, and the measured one")
     layers: int = Field(4, ge=1, description="widths: layers of every model")

@@ -170,8 +170,7 @@ def times_beside(one: Experiment, other: Experiment, text: Material, *, rounds: 
     """How much longer `other` takes for a token than `one`: the two take turns of so many steps, and each round gives the ratio of the
     medians of its two turns, so that what slows the machine slows both. A round before them compiles and is not counted."""
     turns = rounds + 1
-    pause = lambda done: done % steps == 0  # noqa: E731
-    runs = [make_training(each, text).run(turns * steps, pause) for each in (one, other)]
+    runs = [make_training(each, text).run(turns * steps, lambda done: done % steps == 0) for each in (one, other)]
     found = []
     for _ in range(turns):
         medians = []

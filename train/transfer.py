@@ -11,7 +11,7 @@ matrices that grow on both sides). AdamW's entries keep their size, and in the w
 Muon's singular values are alike, and at a root mean square of 0.2 they are 0.2 √max(out, in): p = 1/2.
 
 `power` is what the best learning rates under `constant` ask for. From width 32 to 256 (`recipes.scaling --part widths`) it comes to fewer
-bits per byte than `mup` at every width (docs/ablations.md), so the presets of `recipes.pretrain_small` follow it.
+bits per byte than `mup` at every width above the base (docs/ablations.md), so the presets of `recipes.pretrain_small` follow it.
 """
 
 from typing import Any, Literal, NamedTuple

@@ -112,6 +112,12 @@ def test_the_best_of_each_side_is_raced_and_nothing_is_run_twice(how, monkeypatc
     assert read_lines(how["file"]) == lines
 
 
+@pytest.mark.parametrize("changes", [{"batches": (4, 0)}, {"rates": (0.0,)}, {"budgets": (-1.0,)}], ids=["batch", "rate", "budget"])
+def test_places_that_cannot_be_are_refused(how, changes):
+    with pytest.raises(ValueError, match="greater than 0"):
+        Config(**(how | changes))
+
+
 def test_without_torch_it_is_said_what_to_do(how, tmp_path):
     with pytest.raises(ValueError, match=r"nowhere cannot be run .* expected a Python interpreter"):
         check_torch(Config(**how, torch_python=tmp_path / "nowhere"))

@@ -145,6 +145,12 @@ def test_runs_that_are_not_alike_make_none(tmp_path):
         golden.main(golden.Config(runs=(one, run_folder(tmp_path / "b", 1, [6.0, 4.0], batch=4)), to=tmp_path, every=1))
     with pytest.raises(ValueError, match=r"has no 'reward' in its metrics.jsonl: expected one of loss, step"):
         golden.main(golden.Config(runs=(one,), to=tmp_path, every=1, metric="reward"))
+    older = run_folder(tmp_path / "old", 0, [6.0, 4.0])
+    manifest = json.loads((older / "manifest.json").read_text())
+    del manifest["identity"]
+    (older / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="old does not say what it was made from"):
+        golden.main(golden.Config(runs=(older,), to=tmp_path, every=1))
     with pytest.raises(ValueError, match=r"--without base: the runs have corpus, tokenizer, model"):
         golden.main(golden.Config(runs=(one,), to=tmp_path, every=1, without=("base",)))
     with pytest.raises(FileNotFoundError, match=r"manifest.json does not exist"):
