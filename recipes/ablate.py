@@ -111,7 +111,7 @@ class Config(RecipeConfig):
     tokens: int = Field(
         800_000,
         gt=0,
-        description="places of the rows that a run trains on; as many a parameter as pretrain_small's default sees, nearly",
+        description="places of the rows that a run trains on",
     )
     rounds: int = Field(6, gt=0, description="of timing, a switch beside the baseline")
     round_steps: int = Field(6, gt=0, description="steps of each in a round")

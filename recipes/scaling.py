@@ -2,9 +2,9 @@
 
 Series of short runs (`recipes.trial`), each run a line of `--file`, and what is there not run again:
 
-- `--part sizes`: models of several sizes, each on `--tokens-per-parameter` times its parameters. A law is fitted to all but the largest
-  (`train.laws`: the one that foretells the next best), what the largest will come to is written down with its 95 % interval *before* it is
-  run, and then it is run.
+- `--part sizes`: models of several sizes, each on `--tokens-per-parameter` times its parameters, at the learning rate of its width. A law
+  is fitted to all but the largest (`train.laws`: the one that foretells the next best), what the largest will come to is written down with
+  its 95 % interval *before* it is run, and then it is run.
 - `--part widths`: one depth, several widths, a grid of learning rates, under each rule of `train.transfer`. Where a rule transfers, the
   best rate is the same at every width; from the `constant` rule's best rates follows the exponent that would.
 - `--part batches`, `--part decays`: the same grid with rows a step, or weight decay, in the place of the learning rate, which is
@@ -38,8 +38,9 @@ from recipes.running import ENDS_IN_WORDS
 from recipes.trial import Material, append_line, changed, machine, material, read_lines, run_trial, settings_digest
 from train.laws import chosen, exponent, foretold, valley
 from train.logs import plain_messages, progress
+from train.optimizers import ScheduleConfig
 from train.runtime import choose_device, compilation_cache
-from train.transfer import RuleName, changes, transferred
+from train.transfer import PEAK, RuleName, changes, peak_at, transferred
 
 HEAD = 32  # width of a head at every size
 PartName = Literal["sizes", "widths", "batches", "decays", "tokens"]
@@ -133,7 +134,7 @@ def main(config: Config) -> dict[str, Any]:
     return found
 
 
-def experiment(config: Config, width: int, layers: int) -> speedrun.Experiment:
+def experiment(config: Config, width: int, layers: int, peak: float = PEAK.value) -> speedrun.Experiment:
     """A model of this width and depth; steps are not set yet."""
     base = speedrun.Experiment(
         data=config.data,
@@ -145,6 +146,7 @@ def experiment(config: Config, width: int, layers: int) -> speedrun.Experiment:
         d_ff=16 * round(width * 8 / 3 / 16),  # SwiGLU's two thirds of 4 widths
         seq=config.seq,
         batch=config.batch,
+        schedule=ScheduleConfig(peak=peak),
     )
     return changed(changed(base, {"optimizer": {"name": config.optimizer}}), nested(config.base))  # the rest as in pretrain_small
 
@@ -157,7 +159,7 @@ def sizes(config: Config, text: Material, facts: Mapping[str, Any]) -> dict[str,
     ladder = {}
     for size in config.sizes:
         width, layers = map(int, size.split("x"))
-        rung = experiment(config, width, layers)
+        rung = experiment(config, width, layers, peak_at(width))  # as in the presets
         n = parameters(rung, text)
         ladder[size] = rung.model_copy(update={"steps": max(1, round(config.tokens_per_parameter * n / (rung.batch * rung.seq)))})
     counted = {size: parameters(rung, text) for size, rung in ladder.items()}

@@ -37,6 +37,11 @@ class PowerLaw(NamedTuple):
 PEAK = PowerLaw(5e-3, 256, -POWER)
 
 
+def peak_at(width: int) -> float:
+    """The same to two digits, as the presets have it."""
+    return float(f"{PEAK.at(width):.2g}")
+
+
 class Transfer(NamedTuple):
     """What a rule makes of settings found at the base's width."""
 

@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+from loguru import logger
 
 import lm
 from lm.hf import abstract
@@ -53,3 +54,13 @@ def test_a_setting_keeps_the_bounds_and_the_name_it_has_in_the_small_recipe(reci
     for name, field in pretrain_small.Experiment.model_fields.items():
         assert theirs[name].metadata == field.metadata, name
         assert theirs[name].json_schema_extra == field.json_schema_extra, name
+
+
+def test_a_model_too_large_for_the_time_is_told_of():
+    words: list[str] = []
+    sink = logger.add(words.append, format="{level} {message}")
+    pretrain_small.tell_if_too_large(1000, 500)
+    assert not words
+    pretrain_small.tell_if_too_large(1000, 420)
+    logger.remove(sink)
+    assert words[0].startswith("WARNING only 0.42 tokens a parameter: in the same time a smaller model")

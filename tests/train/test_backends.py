@@ -24,7 +24,8 @@ MODEL = {"dtype": "bfloat16", "head_dim": 64, "seq": 512}
         (CPU, {"softcap": 50.0}, "cpu"),
         (CPU, {"sinks": True}, "cpu"),
         (CPU, {"dropout": 0.1}, "reference"),
-        (OLD_CPU, {"dtype": "float32"}, "reference"),
+        (OLD_CPU, {"dtype": "float32"}, "cpu"),
+        (OLD_CPU, {"dtype": "float32", "dropout": 0.1}, "reference"),
         (XEON, {"dtype": "float32"}, "cpu"),
         (H100, {}, "xla"),  # cudnn could, but is taken by name only
         (H100, {"dtype": "float16", "head_dim": 128}, "xla"),  # cudnn could, but is taken by name only
