@@ -39,7 +39,7 @@ from lm.generate import Sampler
 from recipes.command_line import claimed, fail, parse
 from recipes.continue_pretrain import prepared
 from recipes.loading import load
-from recipes.preferring import PairConfig, encoded, learn, own_pairs, pairs_at, split
+from recipes.preferring import PairConfig, encoded, identity_of_pairs, learn, own_pairs, pairs_at, split
 from recipes.prompting import Prompting
 from recipes.rl_stages import Drawing, pass_metrics
 from recipes.running import ENDS_IN_WORDS, check_start, choose_flight, save_config, session_facts
@@ -147,7 +147,7 @@ def run(config: Config, folder: Path) -> None:
     # The loop.
     objective = preference_objective(config.preference, flight, ops, chunk=config.step.loss_chunk)
     step = make_step(optimizer, config.step, flight, ops, dropout_key, donate=not config.debug_nans, objective=objective)
-    identity = {"start": began, "tokenizer": tokenizer.digest}
+    identity = {"start": began, "tokenizer": tokenizer.digest, "pairs": identity_of_pairs(config, pairs)}
     in_checkpoints = {"model_type": model.config.model_type, "model": model.config.model_dump()}
     if base is not None:
         in_checkpoints |= {"base": base.record(), "adapter": config.adapter.model_dump(mode="json"), "also": []}

@@ -3,6 +3,7 @@
 `recipes.dpo` teaches a model to prefer one answer to the other, `recipes.reward_model` teaches one to say how good an answer is.
 """
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -110,6 +111,13 @@ def own_pairs(config: PairConfig, model: AbstractLM, drawing: Drawing, path: Pat
     beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
     beside.replace(path)  # whole or not there: a resumed run reads it
     return read_pairs(path)
+
+
+def identity_of_pairs(config: PairConfig, pairs: Sequence[Pair]) -> str:
+    """What is learned from: a digest of a file's pairs; of the model's own the task, since the rest follows from the model."""
+    if config.data is None:
+        return config.task
+    return hashlib.sha256("\n".join(map(repr, pairs)).encode()).hexdigest()
 
 
 def encoded(

@@ -40,7 +40,7 @@ from lm.generate import Sampler
 from recipes.command_line import claimed, fail, parse
 from recipes.continue_pretrain import prepared
 from recipes.loading import load
-from recipes.preferring import PairConfig, encoded, learn, own_pairs, pairs_at, split
+from recipes.preferring import PairConfig, encoded, identity_of_pairs, learn, own_pairs, pairs_at, split
 from recipes.prompting import Prompting
 from recipes.rl_stages import Drawing
 from recipes.running import ENDS_IN_WORDS, check_start, choose_flight, save_config, session_facts
@@ -136,7 +136,7 @@ def run(config: Config, folder: Path) -> None:
     # The loop.
     objective = reward_objective(config.reward)
     step = make_step(optimizer, config.step, flight, ops, dropout_key, donate=not config.debug_nans, objective=objective)
-    identity = {"start": began, "tokenizer": tokenizer.digest}
+    identity = {"start": began, "tokenizer": tokenizer.digest, "pairs": identity_of_pairs(config, pairs)}
     in_checkpoints = {"model_type": model.config.model_type, "model": model.config.model_dump(), "reward_model": True}
     if base is not None:
         in_checkpoints |= {"base": base.record(), "adapter": config.adapter.model_dump(mode="json")}

@@ -11,12 +11,13 @@ from safetensors.numpy import load_file
 from tiny import tiny
 
 import lm
-from data.preferences import pair_of, read_pairs
+from data.preferences import Pair, pair_of, read_pairs
 from data.tasks.problems import Problem, Task
 from data.tokenizer import Tokenizer
 from recipes import dpo
 from recipes.command_line import load_config
 from recipes.dpo import Config, main
+from recipes.preferring import identity_of_pairs
 from train.logs import read_metrics
 
 
@@ -162,3 +163,10 @@ def test_a_model_kept_in_bf16_is_trained_in_fp32(start, tmp_path) -> None:
     prefer(start, tmp_path / "run", source=tmp_path / "half", steps=1, schedule={"peak": 1e-5, "shape": "constant"})
     trained = load_file(tmp_path / "run" / "export" / "model.safetensors")
     assert any((array != array.astype(ml_dtypes.bfloat16)).any() for array in trained.values())
+
+
+def test_what_the_pairs_are_is_part_of_what_a_run_was_trained_on(tmp_path) -> None:
+    pairs = [Pair([{"role": "user", "content": f"{i}"}], chosen="yes", rejected="no") for i in range(3)]
+    own, of_file = Config(source=tmp_path), Config(source=tmp_path, data=tmp_path / "pairs.jsonl")
+    assert identity_of_pairs(own, pairs) == "arithmetic"
+    assert identity_of_pairs(of_file, pairs) == identity_of_pairs(of_file, list(pairs)) != identity_of_pairs(of_file, pairs[:2])
