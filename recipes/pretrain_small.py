@@ -362,7 +362,7 @@ def tell_if_too_large(n_params: int, tokens: int) -> None:
     if tokens < FEW_TOKENS * n_params:
         logger.warning(
             f"only {tokens / n_params:.2f} tokens a parameter: in the same time a smaller model comes to fewer bits per byte "
-            "(docs/ablations.md): a smaller --preset or --d-model"
+            "(docs/ablations.md); take a smaller --preset or --d-model"
         )
 
 
